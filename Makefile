@@ -1,0 +1,31 @@
+# Each target makes the environment it needs first. VENV=PATH puts that elsewhere, PYTHON=python3.12 chooses another one.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench
+
+demo: $(VENV)/demo-installed
+	$(BIN)/mambavision classify --samples
+
+test: $(VENV)/dev-installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/dev-installed
+	PATH="$(abspath $(BIN)):$$PATH" .ci/lint
+
+# What the tables in README.md and docs/ are made of; see CONTRIBUTING.md for those that need a GPU.
+bench: $(VENV)/dev-installed
+	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/readme_tables.py
+
+$(VENV)/demo-installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e .
+	touch $@
+
+$(VENV)/dev-installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -e ".[dev]"
+	touch $@

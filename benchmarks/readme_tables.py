@@ -1,0 +1,210 @@
+"""Fill the tables of README.md and docs/ from what was measured, so that no number is typed by hand.
+
+    python benchmarks/readme_tables.py           # write
+    python benchmarks/readme_tables.py --check   # exit code 1 when a document is out of date
+
+A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` and comes from `results/NAME.json`, which
+`results_file.write_results` writes. The table `models` comes from the package's own table of weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mambavision.config import VARIANTS
+from mambavision.weights import WEIGHTS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+BLOCK = re.compile(r"(?P<begin><!-- begin:(?P<name>[\w-]+) -->\n).*?(?P<end><!-- end:(?P=name) -->)", re.DOTALL)
+MARKER = re.compile(r"<!-- (?:begin|end):[\w-]+ -->")
+UNMEASURED = "*Not measured yet.*"
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: a key of the rows, its heading, and how its numbers are written (Python's format specification)."""
+
+    key: str
+    heading: str
+    form: str = ""
+
+
+# Which columns are shown; a name here is a block of a document and, but for `models`, a file of `results/`.
+TABLES: dict[str, tuple[Column, ...]] = {
+    "models": (
+        Column("model", "model"),
+        Column("parameters", "parameters", ","),
+        Column("gmacs", "GMACs"),
+        Column("side", "picture / px"),
+        Column("trained_on", "trained on"),
+        Column("top1", "top-1 %"),
+        Column("top5", "top-5 %"),
+        Column("weights", "weights"),
+    ),
+    "parity": (
+        Column("variant", "variant"),
+        Column("height", "height"),
+        Column("width", "width"),
+        Column("logits", "logits", ".1e"),
+        Column("pooled", "pooled vector", ".1e"),
+        Column("maps", "worst feature map", ".1e"),
+    ),
+    "cpu": (
+        Column("model", "model"),
+        Column("milliseconds", "median / ms", ".1f"),
+        Column("fastest", "fastest / ms", ".1f"),
+        Column("relative_to_convnext_tiny", "relative to convnext_tiny", ".2f"),
+        Column("share", "share", ".1%"),
+    ),
+    "cifar10": (
+        Column("model", "model"),
+        Column("parameters", "parameters", ","),
+        Column("bytes", "file / bytes", ","),
+        Column("pictures", "test pictures", ","),
+        Column("top1", "top-1 %", ".2f"),
+        Column("top5", "top-5 %", ".2f"),
+    ),
+    "ablation": (
+        Column("mixer_order", "mixer order"),
+        Column("dt_bias_init", "step-bias start"),
+        *(Column(f"seed_{seed}", f"seed {seed}", ".2f") for seed in range(3)),
+        Column("mean", "mean", ".2f"),
+        Column("standard_deviation", "standard deviation", ".2f"),
+    ),
+}
+SHOWN_VERSIONS = ("python", "torch", "timm")  # the result has the others too
+
+
+class TableError(ValueError):
+    """A document or a result that the tables cannot be made of; the message names it."""
+
+
+def render(name: str, results: Path = RESULTS) -> str:
+    """The Markdown of one block, with a line break at its end.
+
+    Raises:
+        TableError: no such table, or a result without what it needs.
+    """
+    if name not in TABLES:
+        raise TableError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
+    if name == "models":
+        return "\n".join(_table(_weights(), TABLES[name])) + "\n"
+    path = results / f"{name}.json"
+    if not path.exists():
+        return f"{UNMEASURED}\n"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    needed = {"rows", "command", "commit", "device", "versions", "date", "note"}
+    if absent := sorted(needed - set(result)):
+        raise TableError(f"{path} lacks {', '.join(absent)}.")
+    rows, columns = result["rows"], TABLES[name]
+    known = {key for row in rows for key in row}
+    if absent := [column.key for column in columns if column.key not in known]:
+        raise TableError(f"The rows of {path} lack {', '.join(absent)}; they have {', '.join(sorted(known))}.")
+    note = [result["note"], ""] if result["note"] else []
+    return "\n".join([*_table(rows, columns), "", *note, _provenance(result)]) + "\n"
+
+
+def fill(text: str, document: str, results: Path = RESULTS) -> str:
+    """`text` with every block rendered anew.
+
+    Raises:
+        TableError: a marker without its partner, or a block that cannot be rendered.
+    """
+    paired = [marker for block in BLOCK.finditer(text) for marker in (block["begin"].strip(), block["end"])]
+    if paired != MARKER.findall(text):
+        raise TableError(f"{document}: every begin marker needs its end marker, and nothing between them another one.")
+    return BLOCK.sub(lambda block: block["begin"] + "\n" + render(block["name"], results) + "\n" + block["end"], text)
+
+
+def documents() -> list[Path]:
+    """What may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the tables, or with --check tell which are out of date."""
+    parser = argparse.ArgumentParser(description="Fill the tables of README.md and docs/ from benchmarks/results.")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when something would change")
+    options = parser.parse_args(argv)
+    stale = []
+    for path in documents():
+        before = path.read_text(encoding="utf-8")
+        after = fill(before, str(path.relative_to(ROOT)))
+        if after == before:
+            continue
+        stale.append(path)
+        if not options.check:
+            temporary = path.with_name(f".{path.name}.tmp")
+            temporary.write_text(after, encoding="utf-8")
+            os.replace(temporary, path)
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+    return 1 if options.check and stale else 0
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Sequence[Column]) -> list[str]:
+    numeric = [all(_is_number(row.get(column.key)) for row in rows) for column in columns]
+    return [
+        _line(column.heading for column in columns),
+        _line("---:" if number else "---" for number in numeric),
+        *(_line(_cell(row.get(column.key), column.form) for column in columns) for row in rows),
+    ]
+
+
+def _weights() -> list[dict[str, Any]]:
+    """The variants that have weights, with the figures published or recorded with them."""
+    return [
+        {
+            "model": f"`{spec.variant}`",
+            "parameters": spec.parameters,
+            "gmacs": spec.gmacs,
+            "side": VARIANTS[spec.variant].preprocessing.img_size[0],
+            "trained_on": spec.trained_on,
+            "top1": spec.top1,
+            "top5": spec.top5,
+            "weights": "in the package" if spec.url is None else f"[{spec.license}]({spec.url})",
+        }
+        for spec in WEIGHTS.values()
+    ]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _cell(value: Any, form: str) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):  # a size or a list of seeds
+        return ", ".join(str(entry) for entry in value)
+    return format(value, form if _is_number(value) else "").replace("|", "\\|")
+
+
+def _provenance(result: dict[str, Any]) -> str:
+    versions = ", ".join(
+        f"{package} {version}" for package, version in result["versions"].items() if package in SHOWN_VERSIONS
+    )
+    return (
+        f"<sub>Measured on {result['device']}, {result['date']}, commit {result['commit']}, {versions}: "
+        f"`{result['command']}`</sub>"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except TableError as error:
+        sys.exit(f"readme_tables: {error}")

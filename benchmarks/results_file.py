@@ -1,0 +1,83 @@
+"""How a benchmark writes what it measured: rows, with device, versions, commit and command beside them."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("mambavision", "numpy", "timm", "torch", "torchvision", "triton")
+
+
+def write_results(name: str, rows: list[dict[str, Any]], *, note: str, device: str | None = None) -> Path:
+    """Write `rows` to results/NAME.json, replacing it when complete.
+
+    Args:
+        name: of the file, without suffix.
+        rows: what was measured; column names to values.
+        note: the protocol in a sentence or two.
+        device: what it ran on; this machine's CPU or GPU by default.
+    """
+    content = {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "device": device or describe_device(),
+        "versions": versions(),
+        "note": note,
+        "rows": rows,
+    }
+    path = RESULTS / f"{name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"wrote {path}")
+    return path
+
+
+def commit() -> str:
+    """The checked-out commit, with `+changes` when files differ from it."""
+    try:
+        head = _git("rev-parse", "--short=12", "HEAD")
+        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe_device() -> str:
+    """The GPU's name where there is one, else the processor and its threads."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Python and the installed packages that matter."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+    ).stdout.strip()

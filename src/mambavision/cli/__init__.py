@@ -1,0 +1,86 @@
+"""The command line: `mambavision COMMAND ...`, the same as `python -m mambavision COMMAND ...`.
+
+Each command is a module of this package with a one-line `SUMMARY` and `main(argv) -> int`, and imports what is heavy
+inside `main`, so that help and mistyped commands answer at once.
+
+Exit codes: 0 all done, 1 part of the input failed, 2 wrong use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from mambavision import __version__
+
+COMMANDS = ("classify", "models", "info", "train", "evaluate")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; expected errors become one sentence on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"mambavision {__version__}")
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        near = difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
+        return _fail(f"unknown command {command!r}; {hint}")
+    return _run(command, rest)
+
+
+def _run(command: str, arguments: list[str]) -> int:
+    logger = logging.getLogger("mambavision")
+    handler = logging.StreamHandler()
+    logger.addHandler(handler)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name the terminal cannot show must not end the run
+    try:
+        code: int = import_module(f"mambavision.cli.{command}").main(arguments)
+        sys.stdout.flush()  # so that a closed pipe shows here and not at exit
+        return code
+    except SystemExit as request:  # argparse: help, or wrong use
+        return request.code if isinstance(request.code, int) else 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
+        return 141  # as the shell reports a reader that left
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        return _fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}.")
+    except Exception as error:
+        if not type(error).__module__.startswith("mambavision."):  # ours say what the user can do
+            raise
+        return _fail(str(error))
+    finally:
+        logger.removeHandler(handler)
+
+
+def _fail(sentence: str) -> int:
+    print(f"mambavision: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _help() -> str:
+    commands = [f"  {name:10}{import_module(f'mambavision.cli.{name}').SUMMARY}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: mambavision [-h] [--version] COMMAND ...",
+            "",
+            "MambaVision: classify pictures, inspect the models, train and evaluate them.",
+            "",
+            "commands:",
+            *commands,
+            "",
+            "Try `mambavision classify --samples`; `mambavision COMMAND --help` tells a command's options.",
+        ]
+    )

@@ -1,0 +1,30 @@
+"""What the commands share: types of arguments, and the error for those that fit no type."""
+
+from __future__ import annotations
+
+import argparse
+
+
+class UsageError(Exception):
+    """Arguments that do not go together; the message is one sentence."""
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """`224`, or `256x192` for height x width, in pixels."""
+    sides = [positive(side) for side in text.lower().split("x")]
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"must be one number or HEIGHTxWIDTH, got {text!r}")
+    return sides[0], sides[-1]
+
+
+# What argparse calls them where `int` refuses the text.
+positive.__name__ = "integer"
+image_size.__name__ = "size"

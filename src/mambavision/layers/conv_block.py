@@ -1,0 +1,31 @@
+"""The residual convolution block of levels 0 and 1 (paper, equation 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mambavision.layers.drop_path import DropPath
+
+
+class ConvBlock(nn.Module):
+    """x + BN(conv(GELU(BN(conv(x))))), both convolutions 3x3, GELU in its tanh form."""
+
+    def __init__(self, dim: int, *, layer_scale: float | None = None, drop_path: float = 0.0, **factory: Any) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim, 3, 1, 1, **factory)
+        self.norm1 = nn.BatchNorm2d(dim, eps=1e-5, **factory)
+        self.act1 = nn.GELU(approximate="tanh")
+        self.conv2 = nn.Conv2d(dim, dim, 3, 1, 1, **factory)
+        self.norm2 = nn.BatchNorm2d(dim, eps=1e-5, **factory)
+        self.gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), layer_scale, **factory))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, dim, H, W), the same out
+        branch = self.act1(self.norm1(self.conv1(x)))
+        branch = self.norm2(self.conv2(branch))
+        if self.gamma is not None:
+            branch = branch * self.gamma[:, None, None]
+        return x + self.drop_path(branch)

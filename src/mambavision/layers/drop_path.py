@@ -1,0 +1,22 @@
+"""Stochastic depth (Huang et al., arXiv 1603.09382), a residual branch dropped sample by sample."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """Zeroes a sample's whole branch with probability `rate` in training and scales the rest to keep the mean."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, ...)
+        if self.rate == 0 or not self.training:
+            return x
+        keep = x.new_empty(x.shape[0], *([1] * (x.dim() - 1))).bernoulli_(1 - self.rate)
+        return x * keep.div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"

@@ -1,0 +1,69 @@
+"""The MambaVision mixer: a selective scan beside a symmetric branch without one (paper, section 3.2, equation 6)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambavision.config import StepBiasInit
+from mambavision.ops import selective_scan
+
+# Range of Mamba's own initial steps (arXiv 2312.00752, section 3.6).
+_STEP_RANGE = (1e-3, 1e-1)
+
+
+class MambaVisionMixer(nn.Module):
+    """out_proj(concat(scan(SiLU(conv(x))), SiLU(conv(z)))) with x, z the halves of in_proj's output.
+
+    The depthwise convolutions look at a token's both neighbours: not causal, unlike Mamba's.
+    """
+
+    def __init__(
+        self, dim: int, *, d_state: int = 8, d_conv: int = 3, dt_bias_init: StepBiasInit = "zero", **factory: Any
+    ) -> None:
+        super().__init__()
+        half = dim // 2
+        self.dt_rank = math.ceil(dim / 16)
+        self.d_state = d_state
+        self.dt_bias_init = dt_bias_init
+        self.scan_backend = "auto"
+        self.in_proj = nn.Linear(dim, dim, bias=False, **factory)
+        self.conv1d_x = nn.Conv1d(half, half, d_conv, padding=d_conv // 2, groups=half, bias=False, **factory)
+        self.conv1d_z = nn.Conv1d(half, half, d_conv, padding=d_conv // 2, groups=half, bias=False, **factory)
+        self.x_proj = nn.Linear(half, self.dt_rank + 2 * d_state, bias=False, **factory)
+        self.dt_proj = nn.Linear(self.dt_rank, half, **factory)
+        self.A_log = nn.Parameter(torch.empty(half, d_state, **factory))
+        self.D = nn.Parameter(torch.empty(half, **factory))
+        self.out_proj = nn.Linear(dim, dim, bias=False, **factory)
+
+    def init_scan_parameters(self) -> None:
+        """Start of A, D and the step bias (Mamba, section 3.6); the projections are initialised with the network."""
+        with torch.no_grad():
+            states = torch.arange(1, self.d_state + 1, device=self.A_log.device)
+            self.A_log.copy_(states.log().expand_as(self.A_log))
+            self.D.fill_(1.0)
+            self.dt_proj.bias.zero_()
+            if self.dt_bias_init == "log_uniform":
+                low, high = (math.log(bound) for bound in _STEP_RANGE)
+                step = torch.empty_like(self.dt_proj.bias).uniform_(low, high).exp()
+                bias = step + torch.log(-torch.expm1(-step))  # inverse softplus
+                self.dt_proj.bias.copy_(bias / 2)  # `forward` adds it twice
+
+    def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
+        x, z = self.in_proj(x).chunk(2, dim=-1)  # (windows, length, half) each
+        x = F.silu(_conv_over_tokens(self.conv1d_x, x))
+        z = F.silu(_conv_over_tokens(self.conv1d_z, z))
+        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        dt = F.linear(dt, self.dt_proj.weight)  # (windows, length, half)
+        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+        # The published network adds the step bias in the projection and once more in the scan; its weights need both.
+        y = selective_scan(x, dt, A, B, C, self.D, 2 * self.dt_proj.bias, backend=self.scan_backend)
+        return self.out_proj(torch.cat([y, z], dim=-1))
+
+
+def _conv_over_tokens(conv: nn.Conv1d, x: Tensor) -> Tensor:  # (windows, length, half), the same out
+    return conv(x.transpose(1, 2)).transpose(1, 2)

@@ -1,0 +1,38 @@
+"""The stem and the steps between levels: strided 3x3 convolutions (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Stem(nn.Module):
+    """Two 3x3 convolutions with batch norm and ReLU; by default a quarter of the resolution."""
+
+    def __init__(
+        self, in_chans: int, in_dim: int, dim: int, *, strides: tuple[int, int] = (2, 2), **factory: Any
+    ) -> None:
+        super().__init__()
+        self.conv_down = nn.Sequential(
+            nn.Conv2d(in_chans, in_dim, 3, strides[0], 1, bias=False, **factory),
+            nn.BatchNorm2d(in_dim, eps=1e-4, **factory),
+            nn.ReLU(),
+            nn.Conv2d(in_dim, dim, 3, strides[1], 1, bias=False, **factory),
+            nn.BatchNorm2d(dim, eps=1e-4, **factory),
+            nn.ReLU(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, in_chans, H, W) -> (batch, dim, ceil(H / 4), ceil(W / 4))
+        return self.conv_down(x)
+
+
+class Downsample(nn.Module):
+    """A 3x3 convolution of stride 2 that doubles the channels."""
+
+    def __init__(self, dim: int, **factory: Any) -> None:
+        super().__init__()
+        self.reduction = nn.Sequential(nn.Conv2d(dim, 2 * dim, 3, 2, 1, bias=False, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, dim, H, W) -> (batch, 2 dim, ceil(H / 2), ceil(W / 2))
+        return self.reduction(x)

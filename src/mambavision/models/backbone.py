@@ -1,0 +1,256 @@
+"""MambaVision's four levels and their feature maps (paper, figure 2 and section 3).
+
+Levels 0 and 1 are residual convolutions at high resolution, levels 2 and 3 mix tokens in windows: first by selective
+scan, then, in the last half of each level's blocks, by self-attention (paper, section 3.2 and table 5). The names in
+the state dict are those of the published weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mambavision.config import NUM_LEVELS, MambaVisionConfig
+from mambavision.layers.attention import Attention
+from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.mixer import MambaVisionMixer
+from mambavision.layers.stem import Downsample, Stem
+from mambavision.layers.token_block import TokenBlock
+from mambavision.layers.window import window_partition, window_reverse
+
+
+class Level(nn.Module):
+    """Blocks at one resolution; its output is the level's feature map, before any down-sampling.
+
+    `window_size` None makes it convolutional; otherwise the blocks run on windows of tokens.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], *, downsample: nn.Module | None, window_size: int | None) -> None:
+        super().__init__()
+        self.window_size = window_size
+        self.grad_checkpointing = False
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = downsample  # run by the backbone
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, channels, H, W), the same out
+        height, width = x.shape[-2:]
+        if self.window_size is not None:
+            x = window_partition(x, self.window_size)  # (windows, length, channels)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
+        if self.window_size is not None:
+            x = window_reverse(x, self.window_size, height, width)
+        return x
+
+
+class FeatureInfo(list[dict[str, Any]]):
+    """One entry a feature map with `num_chs`, `reduction` and `module`; the methods are timm's."""
+
+    def channels(self) -> list[int]:
+        """Channels of each map."""
+        return [entry["num_chs"] for entry in self]
+
+    def reduction(self) -> list[int]:
+        """Input pixels under one side of a cell, each map."""
+        return [entry["reduction"] for entry in self]
+
+    def module_name(self) -> list[str]:
+        """The module whose output each map is."""
+        return [entry["module"] for entry in self]
+
+
+class MambaVisionBackbone(nn.Module):
+    """Picture in, feature maps out, each taken at the end of a level before its down-sampling.
+
+    Args:
+        config: the network.
+        out_indices: levels whose maps `forward` returns, in order; negative ones count from the end.
+        device: where parameters are made, `meta` included.
+        dtype: type of parameters and buffers.
+
+    Raises:
+        ValueError: an index names no level.
+    """
+
+    def __init__(
+        self,
+        config: MambaVisionConfig,
+        *,
+        out_indices: Sequence[int] = tuple(range(NUM_LEVELS)),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        self.config = config
+        self.out_indices = _level_indices(out_indices)
+        self.patch_embed = Stem(config.in_chans, config.in_dim, config.dim, strides=config.stem_strides, **factory)
+        rates = iter(_linear_rates(config.drop_path_rate, sum(config.depths)))
+        self.levels = nn.ModuleList(
+            _build_level(config, level, [next(rates) for _ in range(config.depths[level])], factory)
+            for level in range(NUM_LEVELS)
+        )
+        maps = FeatureInfo(
+            {"num_chs": channels, "reduction": reduction, "module": f"levels.{level}"}
+            for level, (channels, reduction) in enumerate(zip(config.channels, config.reductions, strict=True))
+        )
+        self.feature_info = FeatureInfo(maps[level] for level in self.out_indices)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Linear weights from a truncated normal (0.02), biases 0, the scan's own start; the rest as PyTorch does."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, MambaVisionMixer):
+                module.init_scan_parameters()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Feature maps of `out_indices`, (batch, channels, H / reduction, W / reduction) each, sizes rounded up."""
+        maps = self._level_maps(x, last=max(self.out_indices))
+        return [maps[level] for level in self.out_indices]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Final and intermediate feature maps, with timm's arguments.
+
+        Args:
+            x: pictures, (batch, in_chans, height, width).
+            indices: levels to take: a list, a number for the last so many, or None for all.
+            norm: apply the final norm to the last level's map, where the network has one.
+            stop_early: leave out the levels behind the last index.
+            output_fmt: layout of the maps.
+            intermediates_only: return the maps alone.
+
+        Returns:
+            (final map after the norm, maps), or the maps.
+
+        Raises:
+            ValueError: an index names no level, or the layout is unknown.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}.")
+        if indices is None:
+            indices = range(NUM_LEVELS)
+        elif isinstance(indices, int):
+            indices = range(NUM_LEVELS - indices, NUM_LEVELS)
+        taken = _level_indices(indices)
+        last = max(taken) if stop_early and intermediates_only else NUM_LEVELS - 1
+        maps = self._level_maps(x, last=last)
+        final = self._final_norm(maps[-1]) if last == NUM_LEVELS - 1 else maps[-1]
+        intermediates = [final if norm and level == NUM_LEVELS - 1 else maps[level] for level in taken]
+        return intermediates if intermediates_only else (final, intermediates)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block's activations in the backward instead of keeping them: less memory, more time."""
+        for level in self.levels:
+            level.grad_checkpointing = enable  # type: ignore[assignment]  # ModuleList forgets its type
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must spare: the scan's A and D."""
+        return {name for name, _ in self.named_parameters() if name.endswith((".A_log", ".D"))}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that group parameters by depth, for layer-wise learning rates as timm forms them."""
+        return {
+            "stem": r"^patch_embed",
+            "blocks": r"^levels\.(\d+)"
+            if coarse
+            else [
+                (r"^levels\.(\d+)\.downsample", (99999,)),
+                (r"^levels\.(\d+)\.blocks\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        return x
+
+    def _level_maps(self, x: Tensor, *, last: int) -> list[Tensor]:
+        """Maps of the levels up to `last`."""
+        self._check_input(x)
+        x = self.patch_embed(x)
+        maps: list[Tensor] = []
+        for index, level in enumerate(self.levels):
+            maps.append(level(x))
+            if index == last:
+                break
+            x = level.downsample(maps[-1])  # type: ignore[operator]  # the same
+        return maps
+
+    def _check_input(self, x: Tensor) -> None:
+        channels = self.config.in_chans
+        weight = self.patch_embed.conv_down[0].weight
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise ValueError(f"Expected pictures as (batch, {channels}, height, width), got {tuple(x.shape)}.")
+        if not x.dtype.is_floating_point:
+            raise ValueError(f"Expected normalised pictures of a floating type, got {x.dtype}; convert and scale them.")
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"Pictures are {x.dtype} but the weights {weight.dtype}; cast one, or run under autocast.")
+
+
+def _build_level(config: MambaVisionConfig, level: int, rates: list[float], factory: dict[str, Any]) -> Level:
+    dim = config.channels[level]
+    downsample = Downsample(dim, **factory) if level < NUM_LEVELS - 1 else None
+    if level < 2:
+        blocks: list[nn.Module] = [
+            ConvBlock(dim, layer_scale=config.layer_scale_conv, drop_path=rate, **factory) for rate in rates
+        ]
+        return Level(blocks, downsample=downsample, window_size=None)
+    blocks = [
+        TokenBlock(
+            dim,
+            _build_mixer(config, level, block, factory),
+            mlp_ratio=config.mlp_ratio,
+            layer_scale=config.layer_scale,
+            drop_path=rate,
+            **factory,
+        )
+        for block, rate in enumerate(rates)
+    ]
+    return Level(blocks, downsample=downsample, window_size=config.window_size[level])
+
+
+def _build_mixer(config: MambaVisionConfig, level: int, block: int, factory: dict[str, Any]) -> nn.Module:
+    depth = config.depths[level]
+    scans = {
+        "mamba_first": block < math.ceil(depth / 2),
+        "attention_first": block >= depth // 2,
+        "mamba_only": True,
+        "attention_only": False,
+    }[config.mixer_order]
+    dim = config.channels[level]
+    if not scans:
+        return Attention(dim, num_heads=config.num_heads[level], attn_drop=config.attn_drop_rate, **factory)
+    return MambaVisionMixer(
+        dim, d_state=config.d_state, d_conv=config.d_conv, dt_bias_init=config.dt_bias_init, **factory
+    )
+
+
+def _linear_rates(rate: float, count: int) -> list[float]:
+    """`count` values rising from 0 to `rate`."""
+    return [rate * index / max(count - 1, 1) for index in range(count)]
+
+
+def _level_indices(indices: Sequence[int]) -> tuple[int, ...]:
+    if len(indices) == 0 or any(not -NUM_LEVELS <= index < NUM_LEVELS for index in indices):
+        raise ValueError(f"Level indices must lie in {-NUM_LEVELS}..{NUM_LEVELS - 1}, got {tuple(indices)}.")
+    return tuple(index % NUM_LEVELS for index in indices)

@@ -1,0 +1,82 @@
+"""Which implementation of an op runs, decided by a pure function that also says why.
+
+An op lists its implementations as a tuple of `Backend`, best first. `select` is called before the op itself, on
+metadata alone, so that torch.compile and torch.export see the chosen implementation and nothing of the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+class Situation(NamedTuple):
+    """What a backend may look at to accept or refuse a call."""
+
+    device_type: str
+    dtype: torch.dtype
+    length: int
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Attributes:
+        name: what users pass as `backend=`.
+        function: the implementation; every backend of an op has the same signature.
+        strength: why it is the choice where it is chosen, for the log and for users.
+        refusal: for a `Situation`, the reason why the backend cannot run there, or None when it can.
+        automatic: whether `auto` may take it; a reference is for comparison only.
+    """
+
+    name: str
+    function: Callable[..., torch.Tensor]
+    strength: str
+    refusal: Callable[[Situation], str | None]
+    automatic: bool = True
+
+
+class Choice(NamedTuple):
+    """The backend that runs and the reason in one phrase."""
+
+    backend: Backend
+    reason: str
+
+
+def select(op: str, backends: Sequence[Backend], situation: Situation, requested: str = "auto") -> Choice:
+    """Choose the backend of `op` for a situation.
+
+    Args:
+        op: name for error messages.
+        backends: the implementations, best first.
+        situation: device, dtype and length of the call.
+        requested: a backend's name, or `auto` for the first that accepts the situation.
+
+    Returns:
+        The backend and why.
+
+    Raises:
+        ValueError: `requested` is no backend of `op`.
+        RuntimeError: the requested backend cannot run here, or none can; the reasons are in the message.
+    """
+    if requested != "auto":
+        for backend in backends:
+            if backend.name == requested:
+                if refusal := backend.refusal(situation):
+                    raise RuntimeError(f"Backend {requested!r} of {op} cannot run here: {refusal}.")
+                return Choice(backend, "requested")
+        names = ", ".join(backend.name for backend in backends)
+        raise ValueError(f"Unknown backend {requested!r} of {op}; choose auto or one of {names}.")
+    refusals: list[str] = []
+    for backend in backends:
+        if not backend.automatic:
+            continue
+        refusal = backend.refusal(situation)
+        if refusal is None:
+            return Choice(backend, "; ".join([backend.strength, *refusals]))
+        refusals.append(f"not {backend.name}: {refusal}")
+    raise RuntimeError(f"No backend of {op} can run here: {'; '.join(refusals)}.")

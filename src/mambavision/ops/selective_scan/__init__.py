@@ -1,0 +1,97 @@
+"""Selective scan: the recurrence at the heart of the MambaVision mixer, with one signature for every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mambavision.ops.backend import Backend, Choice, Situation, select
+from mambavision.ops.selective_scan.chunked import selective_scan_chunked
+from mambavision.ops.selective_scan.reference import selective_scan_reference
+
+
+def _shape_only(x: Tensor, *_: Tensor | None) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _refuse_values(situation: Situation) -> str | None:
+    return None if situation.device_type == "meta" else f"{situation.device_type} tensors have values"
+
+
+# Best first; a GPU kernel takes its place before `chunked`.
+BACKENDS = (
+    Backend("meta", _shape_only, "meta tensors have no values to compute", _refuse_values),
+    Backend("chunked", selective_scan_chunked, "plain PyTorch, runs and exports everywhere", lambda _: None),
+    Backend("reference", selective_scan_reference, "the definition, step by step", lambda _: None, automatic=False),
+)
+
+
+def selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Scan each sequence with input-dependent steps (Mamba, arXiv 2312.00752, section 3.2).
+
+    For each sequence, channel c and state n, starting from h = 0:
+
+        step    = softplus(dt[t, c] + dt_bias[c])
+        h[c, n] = exp(step * A[c, n]) * h[c, n] + step * B[t, n] * x[t, c]
+        y[t, c] = sum over n of C[t, n] * h[c, n] + D[c] * x[t, c]
+
+    Steps and states are float32 whatever the inputs' type (float64 for float64 inputs). Inputs may be strided views.
+
+    Args:
+        x: input, (batch, length, channels), any floating type.
+        dt: step before bias and softplus, (batch, length, channels).
+        A: transition, (channels, state); negative for a decaying state.
+        B: input projection, (batch, length, state).
+        C: output projection, (batch, length, state).
+        D: skip weight, (channels,), or None for no skip.
+        dt_bias: step bias, (channels,), or None for no bias.
+        backend: `auto`, or the name of one of `BACKENDS`.
+
+    Returns:
+        y, (batch, length, channels), in the type of x.
+
+    Raises:
+        ValueError: shapes do not fit, or the backend does not exist.
+        RuntimeError: the requested backend cannot run here.
+    """
+    _check(x, dt, A, B, C, D, dt_bias)
+    return choose_backend(x, backend).backend.function(x, dt, A, B, C, D, dt_bias)
+
+
+def choose_backend(x: Tensor, requested: str = "auto") -> Choice:
+    """The backend that `selective_scan` takes for an input like `x`, (batch, length, channels), and the reason."""
+    return select("selective_scan", BACKENDS, Situation(x.device.type, x.dtype, x.shape[1]), requested)
+
+
+def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
+    if x.dim() != 3 or x.shape[1] == 0:
+        raise ValueError(f"x must be (batch, length, channels) with at least one token, got {tuple(x.shape)}.")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x must be of a floating type, got {x.dtype}.")
+    if A.dim() != 2:
+        raise ValueError(f"A must be (channels, state), got {tuple(A.shape)}.")
+    batch, length, channels = x.shape
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+        "dt": (dt, (batch, length, channels)),
+        "A": (A, (channels, A.shape[1])),
+        "B": (B, (batch, length, A.shape[1])),
+        "C": (C, (batch, length, A.shape[1])),
+        "D": (D, (channels,)),
+        "dt_bias": (dt_bias, (channels,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape} to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}.")
+
+
+__all__ = ["BACKENDS", "choose_backend", "selective_scan"]

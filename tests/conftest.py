@@ -1,0 +1,27 @@
+"""Fixtures that several test files share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+# A test must never reach a hub: what is not here is an error at once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = pytest.mark.skip(reason="slow: run with -m slow")
+    gpu = pytest.mark.skip(reason="needs a CUDA GPU")
+    for item in items:
+        if "slow" in item.keywords and "slow" not in (config.getoption("-m") or ""):
+            item.add_marker(slow)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(gpu)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)

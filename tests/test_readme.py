@@ -1,0 +1,224 @@
+"""What the documents tell: every Python example runs, every command would, every link leads somewhere."""
+
+import ast
+import importlib
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mambavision import cli, create_model
+from mambavision.cli.train import parse as parse_training
+from mambavision.inference.images import SAMPLES
+from mambavision.weights import save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+MAIN = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/mambavision classify --samples"
+TESTS = 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/python -m pytest'
+
+
+def examples(language):
+    """(document and line, text) of every example in a language."""
+    found = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        for fence in FENCE.finditer(text):
+            if fence[1] == language:
+                place = f"{path.relative_to(ROOT)}:{text[: fence.start()].count(chr(10)) + 1}"
+                found.append(pytest.param(fence[2], id=place))
+    return found
+
+
+def test_every_example_names_its_language():
+    for path in DOCUMENTS:
+        assert path.read_text().count("\n```") == 2 * len(FENCE.findall(path.read_text())), path
+        assert {fence[1] for fence in FENCE.finditer(path.read_text())} <= {"bash", "python", "yaml", "bibtex", "text"}
+
+
+def test_the_two_commands_come_first():
+    blocks = [fence[2].strip() for fence in FENCE.finditer((ROOT / "README.md").read_text())]
+    assert blocks[:2] == [MAIN, TESTS]
+
+
+def test_continuous_integration_runs_the_second():
+    run = (ROOT / ".ci" / "run").read_text()
+    found = re.search(r"grep -m 1 -- '(.*)' README.md", run)[1]
+    assert next(line for line in (ROOT / "README.md").read_text().splitlines() if found in line) == TESTS
+
+
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """In place of fetching: a file of random weights for a variant."""
+    folder = tmp_path_factory.mktemp("weights")
+
+    def fetch(variant, *, model_path=None):  # noqa: ARG001  (the signature of fetch_weights)
+        path = folder / f"{variant}.safetensors"
+        if not path.exists():
+            network = create_model(variant)
+            save_checkpoint(path, network.state_dict(), network.config)
+        return path
+
+    return fetch
+
+
+def printed_values(code):
+    """What comments say is printed: beside a print, or in the line below it."""
+    lines = code.splitlines()
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        if line.startswith("print("):
+            call, _, value = line.partition("  # ")
+            if not value and following.startswith("# "):
+                value = following.removeprefix("# ")
+            if value:
+                yield value
+
+
+@pytest.mark.parametrize("code", examples("python"))
+def test_a_python_example_runs_and_prints_what_it_says(code, weights, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("mambavision.factory.fetch_weights", weights)
+    monkeypatch.chdir(tmp_path)
+    for picture in ("cat.jpg", "dog.jpg"):
+        shutil.copy(SAMPLES / picture, tmp_path)
+    exec(compile(ast.parse(code), "example", "exec"), {"__name__": "example"})
+    out = capsys.readouterr().out.splitlines()
+    assert [value for value in printed_values(code) if value not in out] == []
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def commands(block):
+    """The simple commands of a block, as lists of words, without redirections."""
+    for line in block.splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars="|&<>")
+        lexer.whitespace_split = True
+        command, words = [], iter(lexer)
+        for word in words:
+            if word in ("&&", "|"):
+                yield command
+                command = []
+            elif word in (">", "<"):
+                next(words)
+            else:
+                command.append(word)
+        if command:
+            yield command
+
+
+def check(command):
+    """Fail unless the command would be accepted: its options exist, and what it names in this tree is there."""
+    program, *arguments = command
+    program = program.removeprefix(".venv/bin/")
+    if program in ("python", "python3") and arguments[:1] == ["-m"]:
+        program, arguments = arguments[1], arguments[2:]
+    if program == "mambavision":
+        check_ours(arguments)
+    elif program == "pytest":
+        check_pytest(arguments)
+    elif program == "pip":
+        assert arguments[:2] == ["install", "-e"]
+        extras = re.fullmatch(r"\.(?:\[([\w,]+)\])?", arguments[2])[1]
+        declared = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2]
+        assert all(f"\n{extra} = [" in declared for extra in (extras or "").split(",") if extra)
+    elif program == "make":
+        assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in arguments)
+    elif program in ("python", "python3"):
+        assert (ROOT / arguments[0]).is_file(), arguments[0]
+    elif program.startswith(".ci/"):
+        assert os.access(ROOT / program, os.X_OK)
+    else:
+        assert program in ("cat", "git", "pre-commit", "source", "venv"), program
+
+
+def check_ours(arguments):
+    name, *rest = arguments
+    assert name in cli.COMMANDS
+    if name != "train":
+        importlib.import_module(f"mambavision.cli.{name}").build_parser().parse_args(rest)
+    elif rest != ["--help"]:
+        parse_training(rest, Console(quiet=True))
+
+
+def check_pytest(arguments):
+    files, selection, marker = [], None, None
+    words = iter(arguments)
+    for word in words:
+        if word == "-k":
+            selection = next(words)
+        elif word == "-m":
+            marker = next(words)
+        elif word.startswith("-"):
+            assert word in ("-q", "--durations=15")
+        else:
+            files.append(ROOT / word)
+    names = [name for path in files for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)]
+    for part in selection.split(" or ") if selection else ():
+        assert any(part in name for name in names), f"no test of {files} has {part!r} in its name"
+    assert marker is None or f'"{marker}:' in (ROOT / "pyproject.toml").read_text()
+
+
+@pytest.mark.parametrize("block", examples("bash"))
+def test_commands_would_be_accepted(block, tmp_path, monkeypatch):
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)  # where no run lies that a command would find
+    for command in commands(block):
+        check(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "mambavision clasify cat.jpg",
+        "mambavision classify cat.jpg --topk",
+        "mambavision train --data pictures --epoch-count 3",
+        "mambavision train --config recipes/none.yaml",
+        "pip install -e .[everything]",
+        "make coffee",
+        "python benchmarks/none.py",
+        "python -m pytest tests/test_readme.py -k nothing_of_the_kind",
+        "conda install mambavision",
+    ],
+)
+def test_commands_that_would_not_be_accepted_are_found(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (words,) = commands(command)
+    with pytest.raises((AssertionError, SystemExit, TypeError)):
+        check(words)
+
+
+def test_commands_within_sentences_would_be_accepted():
+    for path in DOCUMENTS:
+        prose = FENCE.sub("", path.read_text())
+        for text in re.findall(r"`((?:python -m pytest|make|python benchmarks/\w+\.py) [^`]*)`", prose):
+            for command in commands(text):
+                check(command)
+
+
+# ---- links -----------------------------------------------------------------------------------------------------------
+
+
+def anchors(path):
+    """The names under which a document's headings can be linked."""
+    prose = FENCE.sub("", path.read_text())
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", FENCE.sub("", path.read_text())):
+        if link.startswith("https://"):
+            continue
+        target, _, anchor = link.partition("#")
+        file = (path.parent / target).resolve() if target else path
+        assert file.exists(), f"{path.name}: {link}"
+        assert not anchor or anchor in anchors(file), f"{path.name}: {link}"

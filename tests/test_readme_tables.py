@@ -1,0 +1,114 @@
+"""The tables in the documents are what the results say; and how they are made."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RESULT = {
+    "command": "python benchmarks/cifar10.py",
+    "commit": "0123456789ab",
+    "device": "a device",
+    "versions": {"python": "3.12", "numpy": "2.0", "torch": "2.6"},
+    "date": "2026-01-31",
+    "note": "A note.",
+    "rows": [
+        {"model": "small", "parameters": 1234567, "bytes": 5000, "pictures": 10000, "top1": 96.5, "top5": None},
+        {"model": "a | b", "parameters": 12, "bytes": 5000, "pictures": 10000, "top1": 7},
+        {
+            "model": [3, 4],
+            "parameters": 12,
+            "bytes": 5000,
+            "pictures": 10000,
+            "top1": 1.005,
+            "top5": 99.999,
+            "unused": 1,
+        },
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def tables():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        return importlib.import_module("readme_tables")
+
+
+def write(folder, **changes):
+    (folder / "cifar10.json").write_text(json.dumps(RESULT | changes))
+
+
+def test_the_documents_are_up_to_date(tables, capsys):
+    assert tables.main(["--check"]) == 0, f"run python benchmarks/readme_tables.py: {capsys.readouterr().out}"
+
+
+def test_every_table_stands_in_a_document(tables):
+    texts = "".join(path.read_text() for path in tables.documents())
+    assert [name for name in tables.TABLES if f"<!-- begin:{name} -->" not in texts] == []
+
+
+def test_a_table(tables, tmp_path):
+    write(tmp_path)
+    assert tables.render("cifar10", tmp_path).splitlines() == [
+        "| model | parameters | file / bytes | test pictures | top-1 % | top-5 % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| small | 1,234,567 | 5,000 | 10,000 | 96.50 | - |",
+        "| a \\| b | 12 | 5,000 | 10,000 | 7.00 | - |",
+        "| 3, 4 | 12 | 5,000 | 10,000 | 1.00 | 100.00 |",
+        "",
+        "A note.",
+        "",
+        "<sub>Measured on a device, 2026-01-31, commit 0123456789ab, python 3.12, torch 2.6: "
+        "`python benchmarks/cifar10.py`</sub>",
+    ]
+
+
+def test_what_is_not_measured_says_so(tables, tmp_path):
+    assert tables.render("cifar10", tmp_path) == "*Not measured yet.*\n"
+
+
+def test_models_come_from_the_table_of_weights(tables):
+    lines = tables.render("models").splitlines()
+    assert lines[2].startswith(
+        "| `mamba_vision_T` | 31,794,248 | 4.4 | 224 | ImageNet-1K | 82.3 | 96.2 | [CC-BY-NC-SA-4.0]("
+    )
+    assert len(lines) == 2 + 12
+    assert lines[-1].endswith("| in the package |")
+
+
+def test_blocks_are_filled_and_filling_again_changes_nothing(tables, tmp_path):
+    text = "before\n<!-- begin:cifar10 -->\nold\n<!-- end:cifar10 -->\nafter\n"
+    write(tmp_path)
+    filled = tables.fill(text, "README.md", tmp_path)
+    assert filled.startswith("before\n<!-- begin:cifar10 -->\n\n| model |")
+    assert filled.endswith("</sub>\n\n<!-- end:cifar10 -->\nafter\n")
+    assert tables.fill(filled, "README.md", tmp_path) == filled
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("<!-- begin:cifar10 -->\n", "README.md: every begin marker"),
+        ("<!-- end:cifar10 -->\n", "README.md: every begin marker"),
+        ("<!-- begin:cifar10 -->\n<!-- end:cpu -->\n", "README.md: every begin marker"),
+        ("<!-- begin:cifar10 -->\n<!-- begin:cpu -->\n<!-- end:cifar10 -->\n", "README.md: every begin marker"),
+        ("<!-- begin:cifar11 -->\n<!-- end:cifar11 -->\n", "no table 'cifar11'; there are models, parity"),
+    ],
+)
+def test_wrong_markers_are_named(tables, tmp_path, text, message):
+    with pytest.raises(tables.TableError, match=message):
+        tables.fill(text, "README.md", tmp_path)
+
+
+def test_results_that_lack_something_are_named(tables, tmp_path):
+    write(tmp_path, rows=[{"model": "small", "accuracy": 1}])
+    with pytest.raises(
+        tables.TableError, match="lack parameters, bytes, pictures, top1, top5; they have accuracy, model"
+    ):
+        tables.render("cifar10", tmp_path)
+    (tmp_path / "cifar10.json").write_text(json.dumps({"rows": []}))
+    with pytest.raises(tables.TableError, match="cifar10.json lacks command, commit, date"):
+        tables.render("cifar10", tmp_path)
