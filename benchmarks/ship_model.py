@@ -11,23 +11,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
-from mambavision.models.classifier import MambaVision
-from mambavision.models.complexity import count_complexity
+import cifar10
 from mambavision.weights import read_checkpoint, save_checkpoint
-from mambavision.weights.table import ASSETS
-from results_file import commit, versions, write_results
-
-VARIANT = "mamba_vision_nano_32"
 
 
 def main() -> None:
@@ -43,47 +35,21 @@ def main() -> None:
     checkpoint = read_checkpoint(arguments.run / "final.safetensors")
     if checkpoint.config is None:
         parser.error(f"{checkpoint.path} does not carry its configuration")
-    asset = ASSETS / f"{VARIANT}.safetensors"
+    asset = cifar10.ASSET
     # The published classes are part of the file; the training settings stand in the record.
     save_checkpoint(asset, checkpoint.state_dict, checkpoint.config, dtype=torch.float16)
     if asset.stat().st_size > 8_000_000:
         parser.error(f"{asset} has {asset.stat().st_size:,} bytes; the package takes 8,000,000 at most")
 
-    command = [
-        sys.executable,
-        "-m",
-        "mambavision",
-        "evaluate",
-        "--checkpoint",
-        str(asset),
-        "--data",
-        str(arguments.data),
-    ]
-    report = json.loads(
-        subprocess.run(
-            [*command, "--per-class", "--format", "json"], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
-    )
+    measured = cifar10.measure(arguments.data)
     epochs = list(csv.DictReader((arguments.run / "epochs.csv").open()))
-    complexity = count_complexity(MambaVision(checkpoint.config, device="meta").eval())
     training = checkpoint.extra["training"]
-    training["data"]["dir"], training["output"] = (
-        "CIFAR10",
-        f"runs/{Path(training['output']).name}",
-    )  # not the machine's
+    training["data"]["dir"] = "CIFAR10"  # not the machine's
+    training["output"] = f"runs/{Path(training['output']).name}"
     record = {
-        "model": VARIANT,
+        **measured,
         "license": "Apache-2.0",
         "dataset": "CIFAR-10, its 50,000 training pictures alone",
-        "top1": report["top1"],
-        "top5": report["top5"],
-        "loss": report["loss"],
-        "pictures": report["count"],
-        "per_class": report["per_class"],
-        "parameters": complexity.parameters,
-        "gmacs": round(complexity.macs / 1e9, 4),
-        "sha256": hashlib.sha256(asset.read_bytes()).hexdigest(),
-        "bytes": asset.stat().st_size,
         "trained_on": arguments.trained_on,
         "training_seconds": round(sum(float(epoch["seconds"]) for epoch in epochs)),
         "images_per_second": round(sum(float(epoch["images_per_second"]) for epoch in epochs) / len(epochs)),
@@ -94,12 +60,8 @@ def main() -> None:
     temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, path)
     shutil.copyfile(arguments.run / "epochs.csv", asset.with_suffix(".log.csv"))
-    write_results(
-        "cifar10",
-        [{key: record[key] for key in ("model", "parameters", "bytes", "top1", "top5", "loss", "pictures", "sha256")}],
-        note="The file in the package on the 10,000 CIFAR-10 test pictures, float32, by `mambavision evaluate`.",
-    )
-    print(f"{asset.name}: {record['top1']:.2f} % top-1; commit {commit()}, {versions()}")
+    print(f"{asset.name}: {measured['top1']:.2f} % top-1")
+    cifar10.write(measured)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class DataConfig:
         limit_train: train on so many pictures only, a random choice by split_seed.
         class_names: names of the classes of a train.npz that carries none.
         cache: decode every picture once and keep all of them in memory, as bytes.
-        workers: processes that prepare training pictures; 0 does it in the training process.
+        workers: processes that prepare training pictures, one a core at most; 0 does it in the training process.
     """
 
     dir: str | None = None

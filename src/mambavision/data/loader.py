@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -117,7 +118,7 @@ class EvaluationBatches(Dataset[tuple[Tensor, Tensor, BadPictures]]):
 def make_loader(
     batches: TrainBatches | EvaluationBatches, positions: Iterable[int], *, workers: int, pin_memory: bool
 ) -> DataLoader[tuple[Tensor, Tensor, BadPictures]]:
-    """The batches at `positions`, in that order, made by `workers` processes ahead of their use.
+    """The batches at `positions`, in that order, made by `workers` processes (one a core at most) ahead of their use.
 
     One loader runs through all epochs, so that the workers never idle between two of them.
     """
@@ -125,7 +126,7 @@ def make_loader(
         batches,
         batch_size=None,  # an item is a batch already
         sampler=positions,
-        num_workers=workers,
+        num_workers=min(workers, os.cpu_count() or 1),
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )

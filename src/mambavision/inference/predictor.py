@@ -1,6 +1,7 @@
 """`Predictor`: a network with its own preprocessing and labels, over any number of pictures.
 
 from mambavision import Predictor
+
 for prediction in Predictor()(["cat.jpg"]):
 print(prediction)
 """
