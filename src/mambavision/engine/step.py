@@ -82,6 +82,11 @@ class TrainingStep:
         self._skips_itself = bool(self.optimizer.defaults.get("fused")) and not self.scaler.is_enabled()
         if self._skips_itself:
             self.optimizer.found_inf = self._failed  # type: ignore[attr-defined]  # torch reads it with getattr
+        # Sums need buffers of their own: those of a CUDA graph are overwritten by the next backward.
+        self._sums = config.accumulate > 1
+        if self._sums:
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         self._history = torch.zeros(runtime.log_every, 2, device=device)
         self._pending: list[tuple[int, float]] = []
 
@@ -121,7 +126,7 @@ class TrainingStep:
         if self._skips_itself or self.scaler.is_enabled() or not self._failed.item():
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self._sums)
         self.set_step(step + 1)
         if self.ema is not None:
             self.ema.update(self.model, step=step + 1)
