@@ -46,10 +46,11 @@ def write_results(name: str, rows: list[dict[str, Any]], *, note: str, device: s
 
 
 def commit() -> str:
-    """The checked-out commit, with `+changes` when files differ from it."""
+    """The checked-out commit, with `+changes` when files other than results and their tables differ from it."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no") else "")
+        code = (":(top)", ":(top,exclude)benchmarks/results", ":(top,exclude)*.md")
+        return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
