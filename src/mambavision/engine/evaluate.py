@@ -75,7 +75,7 @@ def evaluate(
         num_classes: outputs of the network.
         device: where it runs.
         precision: type of autocast.
-        channels_last: memory order of the pictures.
+        channels_last: memory order of the pictures, and of the weights from then on.
 
     Raises:
         DataError: when not one picture can be read.
@@ -89,6 +89,8 @@ def evaluate(
     bad: BadPictures = []
     training = model.training
     model.eval()
+    if channels_last:
+        model.to(memory_format=torch.channels_last)
     for pictures, labels, unreadable in batches:
         bad += unreadable
         if len(labels) == 0:
