@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Without a GPU, Triton's kernels run in its interpreter, which must be known before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # A test must never reach a hub: what is not here is an error at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

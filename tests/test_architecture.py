@@ -39,6 +39,7 @@ CORE = {
     "huggingface_hub": {"weights.fetching"},
     "rich": {"cli", "engine"},
 }
+WITH_TORCH = {"triton": {"ops.selective_scan"}}  # PyTorch brings it where it runs
 EXTRA = {
     "timm": {"data", "engine"},
     "torchmetrics": {"engine.evaluate"},
@@ -46,6 +47,7 @@ EXTRA = {
     "torch.utils.tensorboard": {"engine.logs"},
     "jsonargparse": {"cli.train"},
 }
+PLACES = CORE | WITH_TORCH | EXTRA
 # Settings are read by tools that never load torch, and by the command line before it does.
 STANDARD_LIBRARY_ONLY = ("config", "data.config", "engine.config")
 
@@ -111,7 +113,7 @@ def part_of(module):
 
 def rule_for(target):
     """The longest name of the two tables that a foreign import falls under."""
-    return max((name for name in (*CORE, *EXTRA) if lies_in(target, name)), key=len, default=None)
+    return max((name for name in PLACES if lies_in(target, name)), key=len, default=None)
 
 
 def test_every_part_has_its_rule():
@@ -174,16 +176,15 @@ def test_cycles_are_found():
 
 
 def test_packages_from_elsewhere_are_imported_in_their_places():
-    places = CORE | EXTRA
     misplaced = [
         f"{entry.importer} imports {entry.target}"
         for entry in FOREIGN
-        if (name := rule_for(entry.target)) is None or not any(lies_in(entry.importer, where) for where in places[name])
+        if (name := rule_for(entry.target)) is None or not any(lies_in(entry.importer, where) for where in PLACES[name])
     ]
     assert not misplaced
 
 
-@pytest.mark.parametrize(("name", "place"), [(n, place) for n, places in (CORE | EXTRA).items() for place in places])
+@pytest.mark.parametrize(("name", "place"), [(n, place) for n, places in PLACES.items() for place in places])
 def test_every_place_of_a_package_from_elsewhere_uses_it(name, place):
     assert any(rule_for(entry.target) == name and lies_in(entry.importer, place) for entry in FOREIGN)
 

@@ -19,6 +19,7 @@ class Situation(NamedTuple):
     device_type: str
     dtype: torch.dtype
     length: int
+    state: int
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def select(op: str, backends: Sequence[Backend], situation: Situation, requested
     Args:
         op: name for error messages.
         backends: the implementations, best first.
-        situation: device, dtype and length of the call.
+        situation: device, dtype, length and state size of the call.
         requested: a backend's name, or `auto` for the first that accepts the situation.
 
     Returns:

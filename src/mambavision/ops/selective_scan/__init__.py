@@ -18,9 +18,36 @@ def _refuse_values(situation: Situation) -> str | None:
     return None if situation.device_type == "meta" else f"{situation.device_type} tensors have values"
 
 
-# Best first; a GPU kernel takes its place before `chunked`.
+def _triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> Tensor:
+    from mambavision.ops.selective_scan.triton_op import selective_scan_triton
+
+    return selective_scan_triton(x, dt, A, B, C, D, dt_bias)
+
+
+def _refuse_triton(situation: Situation) -> str | None:
+    if situation.device_type != "cuda":
+        return f"{situation.device_type} is no GPU that Triton compiles for here"
+    if situation.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{situation.dtype} is too wide for its kernels"
+    if situation.state not in (4, 8, 16):
+        return f"its kernels are for 4, 8 or 16 states, not {situation.state}"
+    return _triton_fault()
+
+
+def _triton_fault() -> str | None:
+    """What is wrong with the installed Triton, or None; torch.compile follows it."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    version: str = triton.__version__
+    return None if tuple(map(int, version.split(".")[:2])) >= (3, 3) else f"Triton {version} is older than 3.3"
+
+
+# Best first.
 BACKENDS = (
     Backend("meta", _shape_only, "meta tensors have no values to compute", _refuse_values),
+    Backend("triton", _triton, "GPU kernels", _refuse_triton, automatic=False),
     Backend("chunked", selective_scan_chunked, "plain PyTorch, runs and exports everywhere", lambda _: None),
     Backend("reference", selective_scan_reference, "the definition, step by step", lambda _: None, automatic=False),
 )
@@ -65,12 +92,12 @@ def selective_scan(
         RuntimeError: the requested backend cannot run here.
     """
     _check(x, dt, A, B, C, D, dt_bias)
-    return choose_backend(x, backend).backend.function(x, dt, A, B, C, D, dt_bias)
+    return choose_backend(x, backend, state=A.shape[1]).backend.function(x, dt, A, B, C, D, dt_bias)
 
 
-def choose_backend(x: Tensor, requested: str = "auto") -> Choice:
+def choose_backend(x: Tensor, requested: str = "auto", *, state: int = 8) -> Choice:
     """The backend that `selective_scan` takes for an input like `x`, (batch, length, channels), and the reason."""
-    return select("selective_scan", BACKENDS, Situation(x.device.type, x.dtype, x.shape[1]), requested)
+    return select("selective_scan", BACKENDS, Situation(x.device.type, x.dtype, x.shape[1], state), requested)
 
 
 def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:

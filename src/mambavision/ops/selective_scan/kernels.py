@@ -1,0 +1,430 @@
+"""GPU kernels of the selective scan, in Triton. Nothing but `@triton.jit` functions: `triton_op` launches them.
+
+One thread walks one channel: its states live in registers, and the sum over the states stays inside the thread. A warp
+walks 32 neighbouring channels of a sequence, so loads of x and dt are whole lines, and B and C are the same for all its
+threads. The walk is bound by the instructions it issues, about 90 a token for 8 states and 9 of them exponentials,
+which take as long as all others. Hence what looks roundabout below:
+
+- Loads run one group of tokens ahead of their use. With one or two warps a scheduler nothing else hides their latency.
+- 16-bit B and C come as 32-bit pairs, which a shift and a mask widen; the compiler's own way costs twice as much and
+  twice the registers. So states come in two groups, the even and the odd ones. 32-bit ones come in groups of 4, as a
+  vector load brings them. `_state_numbers` says which states a group has.
+- Row strides are compile-time constants, so that addresses within a group are offsets in the instructions.
+- log1p is a polynomial: the unit for special functions is the busy one.
+
+A long sequence is cut into chunks that walk side by side: `walk_kernel` first tells what each chunk adds (`ENDS`),
+`stitch_kernel` makes of it the state that enters each, and a second walk starts there (`STARTS`). The backward walks
+likewise in reverse, making each group's states anew from the one that `walk_kernel` saved at its start (`SAVE`).
+
+Shapes: x, dt, y (batch, length, channels); A (channels, N); B, C (batch, length, N); states (batch, ..., N, channels).
+Source: Gu & Dao, "Mamba" (arXiv 2312.00752), section 3.3, for scanning in fast memory and for recomputation.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _softplus(v):
+    """exp(-|v|) and log(1 + exp(v))."""
+    e = tl.exp2(-1.4426950408889634 * tl.abs(v))
+    # log1p(e) = e - e^2 P(e) on [0, 1]; P is the minimax polynomial for an error of 3e-8 of log1p.
+    p = 0.03006560508 - 0.005364777509 * e
+    p = p * e - 0.07920423172
+    p = p * e + 0.1375376771
+    p = p * e - 0.1915364300
+    p = p * e + 0.2485716067
+    p = p * e - 0.3332132226
+    p = p * e + 0.4999964795
+    return e, tl.maximum(v, 0.0) + (e - e * e * p)
+
+
+@triton.jit
+def _state_numbers(group: tl.constexpr, WIDTH: tl.constexpr, PAIRED: tl.constexpr):
+    """Which states group number `group` has; (WIDTH, 1)."""
+    number = tl.arange(0, WIDTH)[:, None]
+    if PAIRED:  # noqa: SIM108  (both sides of a conditional expression are compiled)
+        number = 2 * number + (group // 2) * (2 * WIDTH) + group % 2
+    else:
+        number = number + group * WIDTH
+    return number
+
+
+@triton.jit
+def _row_pointers(tensor, offset, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PAIRED: tl.constexpr):
+    """Pointers to the first vector of a row of B or C, the same for every channel; (WIDTH, BLOCK)."""
+    first = tensor + offset
+    if PAIRED:
+        first = first.to(tl.pointer_type(tl.int32))
+    return first + tl.arange(0, WIDTH)[:, None] + tl.zeros([1, BLOCK], tl.int32)
+
+
+@triton.jit
+def _widen(vector, DTYPE: tl.constexpr, PAIRED: tl.constexpr):
+    """A vector of B or C as a tuple of float32 groups."""
+    if not PAIRED:
+        groups = (vector.to(tl.float32),)
+    elif tl.bfloat16 == DTYPE:  # the upper half of a float32
+        groups = (vector << 16).to(tl.float32, bitcast=True), (vector & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = vector.to(tl.int16), (vector >> 16).to(tl.int16)
+        groups = low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
+    return groups
+
+
+@triton.jit
+def walk_kernel(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    y,
+    starts,  # (batch, chunks, N, channels): the state that enters each chunk
+    saved,  # (batch, groups, N, channels): the state that enters each group of GROUP tokens
+    ends,  # (batch, chunks, N, channels): what each chunk adds
+    sums,  # (batch, chunks, channels): sum of its steps
+    x_batch,
+    dt_batch,
+    B_batch,
+    C_batch,
+    y_batch,
+    length,
+    channels,
+    chunk,  # tokens in a chunk, a multiple of GROUP
+    x_row: tl.constexpr,
+    dt_row: tl.constexpr,
+    B_row: tl.constexpr,
+    C_row: tl.constexpr,
+    y_row: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,  # whether BLOCK divides the channels
+    FULL: tl.constexpr,  # whether GROUP divides the length
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STARTS: tl.constexpr,
+    SAVE: tl.constexpr,
+    ENDS: tl.constexpr,  # then y is not written
+):
+    """Walk one chunk of BLOCK channels. Grid: (blocks of channels, chunks, batch)."""
+    HALVES: tl.constexpr = 2 if PAIRED else 1  # groups of states that a vector load brings
+    VECTORS: tl.constexpr = N // (WIDTH * HALVES)
+    PACK: tl.constexpr = HALVES  # elements in what a pointer of B or C points to
+    batch = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, length)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (channel < channels) | WHOLE
+    chunks = tl.num_programs(1)
+
+    rates, h = (), ()  # A / ln 2, as exp2 takes it, and the states; a tuple entry is a group, (WIDTH, BLOCK)
+    for group in tl.static_range(VECTORS * HALVES):
+        number = _state_numbers(group, WIDTH, PAIRED)
+        rate = tl.load(A + channel[None, :] * N + number, mask=inside[None, :], other=0.0).to(tl.float32)
+        rates = rates + (rate * 1.4426950408889634,)
+        if STARTS:
+            place = ((batch * chunks + tl.program_id(1)) * N + number) * channels + channel[None, :]
+            h = h + (tl.load(starts + place, mask=inside[None, :], other=0.0),)
+        else:
+            h = h + (tl.zeros([WIDTH, BLOCK], tl.float32),)
+    skip = tl.zeros([BLOCK], tl.float32)
+    bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_D:
+        skip = tl.load(D + channel, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+
+    x_at = x + batch * x_batch + first * x_row + channel
+    dt_at = dt + batch * dt_batch + first * dt_row + channel
+    y_at = y + batch * y_batch + first * y_row + channel
+    B_at = _row_pointers(B, batch * B_batch + first * B_row, WIDTH, BLOCK, PAIRED)
+    C_at = _row_pointers(C, batch * C_batch + first * C_row, WIDTH, BLOCK, PAIRED)
+    xs, dts, Bs, Cs = (), (), (), ()
+    for k in tl.static_range(GROUP):
+        there = (first + k < last) | FULL
+        xs = xs + (tl.load(x_at + k * x_row, mask=inside & there, other=0.0),)
+        dts = dts + (tl.load(dt_at + k * dt_row, mask=inside & there, other=0.0),)
+        for v in tl.static_range(VECTORS):
+            Bs = Bs + (tl.load(B_at + (k * B_row // PACK + v * WIDTH), mask=there, other=0),)
+            if not ENDS:
+                Cs = Cs + (tl.load(C_at + (k * C_row // PACK + v * WIDTH), mask=there, other=0),)
+
+    for start in range(first, last, GROUP):
+        if SAVE:
+            groups = tl.cdiv(length, GROUP)
+            for group in tl.static_range(VECTORS * HALVES):
+                number = _state_numbers(group, WIDTH, PAIRED)
+                place = ((batch * groups + start // GROUP) * N + number) * channels + channel[None, :]
+                tl.store(saved + place, h[group], mask=inside[None, :])
+        ahead = tl.where(start + GROUP < last, GROUP, 0)  # the last group is read twice: nothing lies behind it
+        x_at += ahead * x_row
+        dt_at += ahead * dt_row
+        B_at += ahead * (B_row // PACK)
+        C_at += ahead * (C_row // PACK)
+        next_xs, next_dts, next_Bs, next_Cs = (), (), (), ()
+        for k in tl.static_range(GROUP):
+            there = (start + GROUP + k < last) | FULL
+            next_xs = next_xs + (tl.load(x_at + k * x_row, mask=inside & there, other=0.0),)
+            next_dts = next_dts + (tl.load(dt_at + k * dt_row, mask=inside & there, other=0.0),)
+            for v in tl.static_range(VECTORS):
+                next_Bs = next_Bs + (tl.load(B_at + (k * B_row // PACK + v * WIDTH), mask=there, other=0),)
+                if not ENDS:
+                    next_Cs = next_Cs + (tl.load(C_at + (k * C_row // PACK + v * WIDTH), mask=there, other=0),)
+        for k in tl.static_range(GROUP):
+            token = xs[k].to(tl.float32)
+            _, step = _softplus(dts[k].to(tl.float32) + bias)
+            drive = step * token
+            out = skip * token
+            new = ()
+            for v in tl.static_range(VECTORS):
+                b = _widen(Bs[k * VECTORS + v], B.dtype.element_ty, PAIRED)
+                for half in tl.static_range(HALVES):
+                    decay = tl.exp2(step[None, :] * rates[v * HALVES + half])
+                    new = new + (decay * h[v * HALVES + half] + drive[None, :] * b[half],)
+                if not ENDS:
+                    c = _widen(Cs[k * VECTORS + v], C.dtype.element_ty, PAIRED)
+                    asked = c[0] * new[v * HALVES]
+                    if PAIRED:
+                        asked += c[1] * new[v * HALVES + 1]
+                    out += tl.sum(asked, 0)
+            h = new
+            if ENDS:
+                total += step
+            else:
+                tl.store(y_at + k * y_row, out.to(y.dtype.element_ty), mask=inside & ((start + k < last) | FULL))
+        y_at += GROUP * y_row
+        xs, dts, Bs, Cs = next_xs, next_dts, next_Bs, next_Cs
+
+    if ENDS:  # a chunk that is not full is the last one, and what it adds enters nothing
+        slot = batch * chunks + tl.program_id(1)
+        for group in tl.static_range(VECTORS * HALVES):
+            number = _state_numbers(group, WIDTH, PAIRED)
+            tl.store(ends + (slot * N + number) * channels + channel[None, :], h[group], mask=inside[None, :])
+        tl.store(sums + slot * channels + channel, total, mask=inside)
+
+
+@triton.jit
+def stitch_kernel(
+    A,
+    ends,  # (batch, chunks, N, channels): what each chunk adds
+    sums,  # (batch, chunks, channels): sum of its steps
+    entering,  # (batch, chunks, N, channels): out, the state that enters each chunk
+    chunks,
+    channels,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,  # chunks whose loads are issued together
+    REVERSE: tl.constexpr,  # whether the last chunk comes first
+):
+    """Walk over the chunks. Grid: (blocks of N x channels, batch)."""
+    batch = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < N * channels
+    channel = place % channels
+    rate = tl.load(A + channel * N + place // channels, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
+    h = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, chunks, AHEAD):
+        added, steps = (), ()
+        for k in tl.static_range(AHEAD):
+            number = start + k
+            slot = batch * chunks + (chunks - 1 - number if REVERSE else number)
+            there = inside & (number < chunks)
+            added = added + (tl.load(ends + slot * N * channels + place, mask=there, other=0.0),)
+            steps = steps + (tl.load(sums + slot * channels + channel, mask=there, other=0.0),)
+        for k in tl.static_range(AHEAD):
+            number = start + k
+            slot = batch * chunks + (chunks - 1 - number if REVERSE else number)
+            tl.store(entering + slot * N * channels + place, h, mask=inside & (number < chunks))
+            h = tl.exp2(steps[k] * rate) * h + added[k]
+
+
+@triton.jit
+def backward_kernel(
+    x,
+    dt,
+    A,
+    B,
+    C,
+    D,
+    dt_bias,
+    grad_y,
+    saved,  # (batch, groups, N, channels): the state that enters each group, from `walk_kernel`
+    starts,  # (batch, chunks, N, channels): what the next chunk hands back to each chunk's last state
+    grad_x,
+    grad_dt,
+    grad_A,  # (batch x chunks, N, channels), to be summed
+    grad_B,  # (blocks, batch, length, N), to be summed
+    grad_C,  # likewise
+    grad_D,  # (batch x chunks, channels), to be summed
+    grad_bias,  # likewise
+    ends,  # (batch, chunks, N, channels): what each chunk hands back to the one before
+    sums,  # (batch, chunks, channels): sum of its steps
+    x_batch,
+    dt_batch,
+    B_batch,
+    C_batch,
+    grad_y_batch,
+    length,
+    channels,
+    chunk,
+    x_row: tl.constexpr,
+    dt_row: tl.constexpr,
+    B_row: tl.constexpr,
+    C_row: tl.constexpr,
+    grad_y_row: tl.constexpr,
+    N: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PAIRED: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    FULL: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    STARTS: tl.constexpr,
+    ENDS: tl.constexpr,  # then only `ends` and `sums` are written
+):
+    """Walk one chunk of BLOCK channels in reverse. Grid: (blocks of channels, chunks, batch)."""
+    HALVES: tl.constexpr = 2 if PAIRED else 1
+    VECTORS: tl.constexpr = N // (WIDTH * HALVES)
+    PACK: tl.constexpr = HALVES
+    batch = tl.program_id(2).to(tl.int64)
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(first + chunk, length)
+    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (channel < channels) | WHOLE
+    chunks = tl.num_programs(1)
+    slot = batch * chunks + tl.program_id(1)
+
+    rates, handed, sum_A = (), (), ()
+    for group in tl.static_range(VECTORS * HALVES):
+        number = _state_numbers(group, WIDTH, PAIRED)
+        rates = rates + (tl.load(A + channel[None, :] * N + number, mask=inside[None, :], other=0.0).to(tl.float32),)
+        sum_A = sum_A + (tl.zeros([WIDTH, BLOCK], tl.float32),)
+        if STARTS:
+            place = (slot * N + number) * channels + channel[None, :]
+            handed = handed + (tl.load(starts + place, mask=inside[None, :], other=0.0),)
+        else:
+            handed = handed + (tl.zeros([WIDTH, BLOCK], tl.float32),)
+    skip = tl.zeros([BLOCK], tl.float32)
+    bias = tl.zeros([BLOCK], tl.float32)
+    if HAS_D:
+        skip = tl.load(D + channel, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
+    total, sum_D, sum_bias = skip * 0.0, skip * 0.0, skip * 0.0
+
+    groups = tl.cdiv(length, GROUP)
+    for back in range(0, tl.cdiv(last - first, GROUP)):
+        start = first + (tl.cdiv(last - first, GROUP) - 1 - back) * GROUP
+        x_at = x + batch * x_batch + start * x_row + channel
+        dt_at = dt + batch * dt_batch + start * dt_row + channel
+        grad_y_at = grad_y + batch * grad_y_batch + start * grad_y_row + channel
+        B_at = _row_pointers(B, batch * B_batch + start * B_row, WIDTH, BLOCK, PAIRED)
+        C_at = _row_pointers(C, batch * C_batch + start * C_row, WIDTH, BLOCK, PAIRED)
+        tokens, dts, grad_ys, Bs, Cs = (), (), (), (), ()
+        for k in tl.static_range(GROUP):
+            there = (start + k < last) | FULL
+            dts = dts + (tl.load(dt_at + k * dt_row, mask=inside & there, other=0.0),)
+            grad_ys = grad_ys + (tl.load(grad_y_at + k * grad_y_row, mask=inside & there, other=0.0),)
+            for v in tl.static_range(VECTORS):
+                Cs = Cs + (tl.load(C_at + (k * C_row // PACK + v * WIDTH), mask=there, other=0),)
+            if not ENDS:
+                tokens = tokens + (tl.load(x_at + k * x_row, mask=inside & there, other=0.0),)
+                for v in tl.static_range(VECTORS):
+                    Bs = Bs + (tl.load(B_at + (k * B_row // PACK + v * WIDTH), mask=there, other=0),)
+
+        # Forward through the group: steps, decays, and the state before each token.
+        steps, slopes, decays, before, h = (), (), (), (), ()
+        if not ENDS:
+            for group in tl.static_range(VECTORS * HALVES):
+                number = _state_numbers(group, WIDTH, PAIRED)
+                slot_at = ((batch * groups + start // GROUP) * N + number) * channels + channel[None, :]
+                h = h + (tl.load(saved + slot_at, mask=inside[None, :], other=0.0),)
+        for k in tl.static_range(GROUP):
+            v_in = dts[k].to(tl.float32) + bias
+            e, step = _softplus(v_in)
+            step = tl.where((start + k < last) | FULL, step, 0.0)  # past the end nothing decays
+            slopes = slopes + (tl.where(v_in >= 0, 1.0, e) / (1.0 + e),)  # the sigmoid, derivative of the softplus
+            steps = steps + (step,)
+            total += step
+            new = ()
+            for v in tl.static_range(VECTORS):
+                for half in tl.static_range(HALVES):
+                    decay = tl.exp2(step[None, :] * (rates[v * HALVES + half] * 1.4426950408889634))
+                    decays = decays + (decay,)
+                if not ENDS:
+                    b = _widen(Bs[k * VECTORS + v], B.dtype.element_ty, PAIRED)
+                    drive = step * tokens[k].to(tl.float32)
+                    for half in tl.static_range(HALVES):
+                        old = h[v * HALVES + half]
+                        before = before + (old,)
+                        new = new + (decays[(k * VECTORS + v) * HALVES + half] * old + drive[None, :] * b[half],)
+            if not ENDS:
+                h = new
+
+        for k in tl.static_range(GROUP - 1, -1, -1):
+            there = (start + k < last) | FULL
+            asked = grad_ys[k].to(tl.float32)
+            new_handed = ()
+            if ENDS:
+                for v in tl.static_range(VECTORS):
+                    c = _widen(Cs[k * VECTORS + v], C.dtype.element_ty, PAIRED)
+                    for half in tl.static_range(HALVES):
+                        grad_h = c[half] * asked[None, :] + handed[v * HALVES + half]
+                        new_handed = new_handed + (decays[(k * VECTORS + v) * HALVES + half] * grad_h,)
+            else:
+                token = tokens[k].to(tl.float32)
+                drive = steps[k] * token
+                grad_drive = tl.zeros([BLOCK], tl.float32)
+                grad_step = tl.zeros([BLOCK], tl.float32)
+                new_sum_A = ()
+                for v in tl.static_range(VECTORS):
+                    b = _widen(Bs[k * VECTORS + v], B.dtype.element_ty, PAIRED)
+                    c = _widen(Cs[k * VECTORS + v], C.dtype.element_ty, PAIRED)
+                    for half in tl.static_range(HALVES):
+                        old = before[(k * VECTORS + v) * HALVES + half]
+                        decay = decays[(k * VECTORS + v) * HALVES + half]
+                        grad_h = c[half] * asked[None, :] + handed[v * HALVES + half]
+                        back_h = decay * grad_h
+                        new_handed = new_handed + (back_h,)
+                        grad_exponent = back_h * old  # of step x A
+                        new_sum_A = new_sum_A + (sum_A[v * HALVES + half] + grad_exponent * steps[k][None, :],)
+                        grad_step += tl.sum(grad_exponent * rates[v * HALVES + half], 0)
+                        grad_drive += tl.sum(grad_h * b[half], 0)
+                        now = decay * old + drive[None, :] * b[half]
+                        row = ((tl.program_id(0) * tl.num_programs(2) + batch) * length + start + k) * N
+                        row += _state_numbers(v * HALVES + half, WIDTH, PAIRED)
+                        tl.store(grad_B + row, tl.sum(grad_h * drive[None, :], 1, keep_dims=True), mask=there)
+                        tl.store(grad_C + row, tl.sum(now * asked[None, :], 1, keep_dims=True), mask=there)
+                sum_A = new_sum_A
+                grad_step += grad_drive * token
+                grad_v = grad_step * slopes[k]
+                sum_bias += tl.where(there, grad_v, 0.0)
+                sum_D += asked * token
+                out = (batch * length + start + k) * channels + channel
+                grad_token = grad_drive * steps[k] + asked * skip
+                tl.store(grad_x + out, grad_token.to(grad_x.dtype.element_ty), mask=inside & there)
+                tl.store(grad_dt + out, grad_v.to(grad_dt.dtype.element_ty), mask=inside & there)
+            handed = new_handed
+
+    for group in tl.static_range(VECTORS * HALVES):
+        place = (slot * N + _state_numbers(group, WIDTH, PAIRED)) * channels + channel[None, :]
+        if ENDS:
+            tl.store(ends + place, handed[group], mask=inside[None, :])
+        else:
+            tl.store(grad_A + place, sum_A[group], mask=inside[None, :])
+    if ENDS:
+        tl.store(sums + slot * channels + channel, total, mask=inside)
+    else:
+        if HAS_D:
+            tl.store(grad_D + slot * channels + channel, sum_D, mask=inside)
+        if HAS_BIAS:
+            tl.store(grad_bias + slot * channels + channel, sum_bias, mask=inside)

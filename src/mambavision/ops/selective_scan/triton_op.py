@@ -1,0 +1,233 @@
+"""The Triton kernels as operators that PyTorch knows: shapes for tracing, gradients, launches.
+
+Imported only where the backend runs (see `mambavision.ops.selective_scan`), since Triton is not everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from mambavision.ops.selective_scan import kernels
+
+GROUP = 4  # tokens whose loads are issued together; the states before each such group are saved for the backward
+AHEAD = 16  # chunks whose loads `stitch_kernel` issues together
+STITCH_BLOCK = 128
+WARP = 32
+MIN_CHUNK = 16  # tokens; shorter chunks cost more in stitching than they gain in walking side by side
+WARPS_WANTED = 1024  # two for each of the four schedulers of a large GPU's multiprocessors
+
+
+class Cut(NamedTuple):
+    """How the work is cut: channels a program, tokens a chunk, and the counts that follow."""
+
+    block: int
+    blocks: int
+    chunk: int
+    chunks: int
+
+
+def cut(batch: int, length: int, channels: int) -> Cut:
+    """Chunks only where whole sequences would leave most of a large GPU idle: they double the exponentials.
+
+    Args:
+        batch: sequences.
+        length: tokens in each.
+        channels: of each.
+    """
+    blocks = -(-channels // WARP)
+    chunks = min(WARPS_WANTED // max(1, batch * blocks), length // MIN_CHUNK)
+    if chunks < 4:
+        chunks = 1
+    chunk = -(-length // (chunks * GROUP)) * GROUP
+    return Cut(WARP, blocks, chunk, -(-length // chunk))
+
+
+def selective_scan_triton(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, dt_bias: Tensor | None = None
+) -> Tensor:
+    """Scan by GPU kernels; arguments and result as in `mambavision.ops.selective_scan`."""
+    inputs = (x, dt, A, B, C, D, dt_bias)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
+        y, _ = scan_for_training(*inputs)
+    else:
+        y = scan(*inputs)
+    assert isinstance(y, Tensor)
+    return y
+
+
+@triton_op("mambavision::selective_scan", mutates_args=())
+def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> Tensor:
+    """Y alone, (batch, length, channels), contiguous."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    _walk(x, dt, A, B, C, D, dt_bias, y, None)
+    return y
+
+
+@triton_op("mambavision::selective_scan_for_training", mutates_args=())
+def scan_for_training(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Y, and the states before each group of tokens for the backward: float32 (batch, groups, state, channels)."""
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch, length, channels = x.shape
+    saved = torch.empty((batch, -(-length // GROUP), A.shape[1], channels), dtype=torch.float32, device=x.device)
+    _walk(x, dt, A, B, C, D, dt_bias, y, saved)
+    return y, saved
+
+
+@triton_op("mambavision::selective_scan_backward", mutates_args=())
+def scan_backward(
+    grad_y: Tensor,
+    saved: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the seven inputs, each in the type of its input; those of an absent D or dt_bias are empty."""
+    batch, length, channels = x.shape
+    state = A.shape[1]
+    cuts = cut(batch, length, channels)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_dt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
+    parts = batch * cuts.chunks
+    grad_A = _float32(x, parts, state, channels)
+    grad_B = _float32(x, cuts.blocks, batch, length, state)
+    grad_C = _float32(x, cuts.blocks, batch, length, state)
+    grad_D = _float32(x, parts if D is not None else 0, channels)
+    grad_bias = _float32(x, parts if dt_bias is not None else 0, channels)
+    if batch > 0:
+        x, dt, grad_y = (_with_unit_stride(tensor) for tensor in (x, dt, grad_y))
+        B, C = (_with_vector_rows(tensor.to(B.dtype)) for tensor in (B, C))
+        strides = [tensor.stride(0) for tensor in (x, dt, B, C, grad_y)]
+        rows = [tensor.stride(1) for tensor in (x, dt, B, C, grad_y)]
+        fixed = dict(zip(("x_row", "dt_row", "B_row", "C_row", "grad_y_row"), rows, strict=True))
+        settings = fixed | _settings(x, A, B, cuts, D, dt_bias)
+        starts = ends = sums = saved  # read or written only where there are chunks
+        grid = (cuts.blocks, cuts.chunks, batch)
+        outputs = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias)
+        if cuts.chunks > 1:
+            ends, sums = _float32(x, batch, cuts.chunks, state, channels), _float32(x, batch, cuts.chunks, channels)
+            wrap_triton(kernels.backward_kernel)[grid](
+                x, dt, A, B, C, D, dt_bias, grad_y, saved, starts, *outputs, ends, sums,
+                *strides, length, channels, cuts.chunk, **settings, STARTS=False, ENDS=True, num_warps=1,
+            )  # fmt: skip
+            starts = _stitch(A, ends, sums, reverse=True)
+        wrap_triton(kernels.backward_kernel)[grid](
+            x, dt, A, B, C, D, dt_bias, grad_y, saved, starts, *outputs, ends, sums,
+            *strides, length, channels, cuts.chunk, **settings, STARTS=cuts.chunks > 1, ENDS=False, num_warps=1,
+        )  # fmt: skip
+    return (
+        grad_x,
+        grad_dt,
+        grad_A.sum(0).t().to(A.dtype),
+        grad_B.sum(0).to(B.dtype),
+        grad_C.sum(0).to(C.dtype),
+        grad_D.sum(0).to(D.dtype) if D is not None else grad_D,
+        grad_bias.sum(0).to(dt_bias.dtype) if dt_bias is not None else grad_bias,
+    )
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(output[1], *inputs)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    saved, *inputs = ctx.saved_tensors
+    grads = scan_backward(grad_y, saved, *inputs)
+    return tuple(None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
+
+
+scan_for_training.register_autograd(_differentiate, setup_context=_setup_context)
+
+
+def _walk(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    dt_bias: Tensor | None,
+    y: Tensor,
+    saved: Tensor | None,
+) -> None:
+    """Fill y, and `saved` where it is given."""
+    batch, length, channels = x.shape
+    if batch == 0:
+        return
+    cuts = cut(batch, length, channels)
+    x, dt = _with_unit_stride(x), _with_unit_stride(dt)
+    B, C = (_with_vector_rows(tensor.to(B.dtype)) for tensor in (B, C))
+    strides = [tensor.stride(0) for tensor in (x, dt, B, C, y)]
+    rows = [tensor.stride(1) for tensor in (x, dt, B, C, y)]
+    settings = dict(zip(("x_row", "dt_row", "B_row", "C_row", "y_row"), rows, strict=True))
+    settings |= _settings(x, A, B, cuts, D, dt_bias)
+    starts = ends = sums = y  # read or written only where there are chunks
+    states = y if saved is None else saved
+    grid = (cuts.blocks, cuts.chunks, batch)
+    if cuts.chunks > 1:
+        ends = _float32(x, batch, cuts.chunks, A.shape[1], channels)
+        sums = _float32(x, batch, cuts.chunks, channels)
+        wrap_triton(kernels.walk_kernel)[grid](
+            x, dt, A, B, C, D, dt_bias, y, starts, states, ends, sums,
+            *strides, length, channels, cuts.chunk, **settings, STARTS=False, SAVE=False, ENDS=True, num_warps=1,
+        )  # fmt: skip
+        starts = _stitch(A, ends, sums, reverse=False)
+    wrap_triton(kernels.walk_kernel)[grid](
+        x, dt, A, B, C, D, dt_bias, y, starts, states, ends, sums,
+        *strides, length, channels, cuts.chunk,
+        **settings, STARTS=cuts.chunks > 1, SAVE=saved is not None, ENDS=False, num_warps=1,
+    )  # fmt: skip
+
+
+def _stitch(A: Tensor, ends: Tensor, sums: Tensor, *, reverse: bool) -> Tensor:
+    """The state that enters each chunk, (batch, chunks, state, channels)."""
+    batch, chunks, state, channels = ends.shape
+    entering = torch.empty_like(ends)
+    wrap_triton(kernels.stitch_kernel)[(triton.cdiv(state * channels, STITCH_BLOCK), batch)](
+        A, ends, sums, entering, chunks, channels, N=state, BLOCK=STITCH_BLOCK, AHEAD=AHEAD, REVERSE=reverse
+    )
+    return entering
+
+
+def _settings(x: Tensor, A: Tensor, B: Tensor, cuts: Cut, D: Tensor | None, dt_bias: Tensor | None) -> dict[str, Any]:
+    """The compile-time constants that both directions share."""
+    _, length, channels = x.shape
+    state = A.shape[1]
+    paired = B.element_size() == 2
+    return {
+        "N": state,
+        "WIDTH": min(4, state // 2) if paired else min(4, state),  # 16 bytes a load at most
+        "PAIRED": paired,
+        "BLOCK": cuts.block,
+        "GROUP": GROUP,
+        "WHOLE": channels % cuts.block == 0,
+        "FULL": length % GROUP == 0,
+        "HAS_D": D is not None,
+        "HAS_BIAS": dt_bias is not None,
+    }
+
+
+def _float32(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _with_unit_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(2) == 1 else tensor.contiguous()
+
+
+def _with_vector_rows(tensor: Tensor) -> Tensor:
+    """`tensor` with rows that the kernels' 32-bit pairs can start at."""
+    even = all(stride % 2 == 0 for stride in tensor.stride()[:2]) and tensor.storage_offset() % 2 == 0
+    return tensor if tensor.stride(2) == 1 and (even or tensor.element_size() > 2) else tensor.contiguous()

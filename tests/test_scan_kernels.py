@@ -1,0 +1,175 @@
+"""The Triton kernels of the selective scan: values and every gradient against float64, on a GPU or interpreted."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", "3.3")
+
+from mambavision.ops.selective_scan import kernels, triton_op  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.selective_scan.reference import selective_scan_reference  # noqa: E402
+from mambavision.ops.selective_scan.triton_op import Cut, cut, selective_scan_triton  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def inputs(batch, length, channels, state, dtype=torch.float32, strided=False):
+    """Scan inputs; `strided` ones are parts of wider tensors, as a network's projections give them."""
+    if strided:
+        wide = torch.randn(batch, length, 3 * channels + 2 * state).to(dtype)
+        x, _, dt, B, C = wide.split([channels, channels, channels, state, state], dim=-1)
+    else:
+        x, dt = (torch.randn(batch, length, channels).to(dtype) for _ in range(2))
+        B, C = (torch.randn(batch, length, state).to(dtype) for _ in range(2))
+    A = -torch.rand(channels, state) * 4 - 0.1
+    return [tensor.to(DEVICE) for tensor in (x, dt, A, B, C, torch.randn(channels), torch.randn(channels))]
+
+
+def gradients(scan, tensors, grad_y, dtype=None):
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
+    y = scan(*leaves)
+    y.backward(grad_y.to(y.dtype))
+    return [y.detach()] + [None if leaf is None else leaf.grad for leaf in leaves]
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def check(tensors, grad_y):
+    """Values and gradients are at most twice as far from float64 as the reference's in the same type."""
+    # Triton's interpreter cuts to bfloat16 where a GPU rounds, which errs twice as far, always to one side.
+    factor = 6 if DEVICE == "cpu" and tensors[0].dtype == torch.bfloat16 else 2
+    truth = gradients(selective_scan_reference, tensors, grad_y, torch.float64)
+    plain = gradients(selective_scan_reference, tensors, grad_y)
+    found = gradients(selective_scan_triton, tensors, grad_y)
+    for name, actual, usual, expected in zip(("y", *NAMES), found, plain, truth, strict=True):
+        if expected is not None:
+            assert actual.dtype == usual.dtype
+            assert error(actual, expected) <= factor * error(usual, expected) + 1e-6, name
+    with torch.no_grad():
+        torch.testing.assert_close(selective_scan_triton(*tensors), found[0], rtol=0, atol=0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("state", [4, 8, 16])
+def test_values_and_gradients(dtype, state, poisoned):
+    tensors = inputs(1, 6, 33, state, dtype)
+    check(tensors, torch.randn(1, 6, 33, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 5), (3, 4, 32)], ids=str)
+def test_odd_and_single_sizes(shape, poisoned):
+    tensors = inputs(*shape, 8)
+    check(tensors, torch.randn(*shape, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [24, 17])
+def test_chunks_are_stitched(dtype, length, poisoned, monkeypatch):
+    monkeypatch.setattr(triton_op, "cut", lambda *_: Cut(32, 2, 8, 3))
+    monkeypatch.setattr(triton_op, "AHEAD", 2)
+    tensors = inputs(1, length, 33, 4, dtype)
+    check(tensors, torch.randn(1, length, 33, device=DEVICE).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_strided_views(dtype, poisoned):
+    tensors = inputs(2, 6, 33, 8, dtype, strided=True)  # rows of odd length: neither B nor C can be read in pairs
+    check(tensors, torch.randn(6, 2, 33, device=DEVICE).to(dtype).transpose(0, 1))
+
+
+@pytest.mark.parametrize("absent", [{"D"}, {"dt_bias"}, {"D", "dt_bias"}], ids=str)
+def test_absent_skip_and_bias(absent, poisoned):
+    tensors = [None if name in absent else t for name, t in zip(NAMES, inputs(1, 5, 8, 4), strict=True)]
+    check(tensors, torch.randn(1, 5, 8, device=DEVICE))
+
+
+def test_extreme_steps_stay_finite_and_exact():
+    tensors = inputs(1, 6, 32, 8)
+    tensors[1] = torch.linspace(-90, 90, 6 * 32, device=DEVICE).reshape(1, 6, 32)
+    check(tensors, torch.randn(1, 6, 32, device=DEVICE))
+
+
+def test_an_empty_batch_has_an_empty_result():
+    found = gradients(selective_scan_triton, inputs(0, 5, 8, 4), torch.randn(0, 5, 8, device=DEVICE))
+    assert found[0].shape == (0, 5, 8)
+    assert all(not gradient.any() for gradient in found[1:])
+
+
+def test_an_unneeded_gradient_is_not_given():
+    tensors = inputs(1, 5, 8, 4)
+    tensors[0].requires_grad_()
+    selective_scan_triton(*tensors).sum().backward()
+    assert tensors[0].grad is not None
+    assert all(tensor.grad is None for tensor in tensors[1:])
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "channels"),
+    [(1, 1, 1), (1, 49, 320), (1, 196, 160), (4, 1024, 256), (1, 12544, 160), (128, 196, 160)],
+)
+def test_the_cut_covers_every_token_and_channel_once(batch, length, channels):
+    block, blocks, chunk, chunks = cut(batch, length, channels)
+    assert (blocks - 1) * block < channels <= blocks * block
+    assert (chunks - 1) * chunk < length <= chunks * chunk
+    assert chunk % triton_op.GROUP == 0
+
+
+def test_few_long_sequences_are_cut_and_many_short_ones_are_not():
+    assert cut(1, 12544, 160).chunks * cut(1, 12544, 160).blocks >= 500
+    assert cut(128, 196, 160).chunks == 1
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from mambavision.ops.selective_scan import kernels
+
+FLOAT32 = {"A", "D", "dt_bias", "starts", "saved", "ends", "sums", "entering"}
+FLOAT32 |= {"grad_A", "grad_B", "grad_C", "grad_D", "grad_bias"}
+DATA = {"x", "dt", "B", "C", "y", "grad_y", "grad_x", "grad_dt"}
+
+def build(kernel, data, constants):
+    types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(FLOAT32, "*fp32") | dict.fromkeys(DATA, "*" + data)
+    types = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, signature=types, constexprs=constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+    print(kernel.__name__, data)
+
+rows = dict.fromkeys(("x_row", "dt_row", "B_row", "C_row"), 176)
+for data in ("bf16", "fp16", "fp32"):
+    shared = dict(rows, N=8, WIDTH=4, PAIRED=data != "fp32", BLOCK=32, GROUP=4, WHOLE=True, FULL=True)
+    shared |= dict(HAS_D=True, HAS_BIAS=True)
+    for starts, save, ends in ((False, True, False), (True, False, False), (False, False, True)):
+        build(kernels.walk_kernel, data, dict(shared, y_row=320, STARTS=starts, SAVE=save, ENDS=ends))
+    for ends in (False, True):
+        build(kernels.backward_kernel, data, dict(shared, grad_y_row=320, STARTS=True, ENDS=ends))
+for reverse in (False, True):
+    build(kernels.stitch_kernel, "fp32", dict(N=8, BLOCK=128, AHEAD=16, REVERSE=reverse))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux builds")
+def test_kernels_compile_for_a_gpu():
+    """The interpreter takes much that the compiler does not; compiling needs no GPU."""
+    source = Path(kernels.__file__).parents[3]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(source)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 17
