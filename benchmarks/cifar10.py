@@ -1,6 +1,6 @@
 """Accuracy of the model in the package, of exactly the file that ships, on CIFAR-10's test pictures.
 
-    python benchmarks/cifar10.py --data CIFAR10
+    python benchmarks/cifar10.py --data data/cifar10
 
 Runs `mambavision evaluate`, as anybody would.
 """

@@ -1,6 +1,6 @@
 """Put a finished training run into the package as the small model that ships.
 
-    python benchmarks/ship_model.py RUN --data CIFAR10 --trained-on "one NVIDIA H200, torch 2.11"
+    python benchmarks/ship_model.py RUN --data data/cifar10 --trained-on "one NVIDIA H200, torch 2.11"
 
 Writes the weights in float16 (they are loaded as float32), evaluates exactly that file on the test pictures through
 `mambavision evaluate`, and writes beside it the record (accuracy, hash, training settings with the seed, device) and

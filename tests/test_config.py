@@ -49,6 +49,14 @@ def test_an_unknown_name_answers_with_the_nearest(name, nearest):
         ({"dt_bias_init": "ones"}, "dt_bias_init"),
         ({"class_names": ("a", "b")}, "class_names has 2 entries for num_classes=10"),
         ({"num_classes": -1}, "num_classes"),
+        ({"depths": 3}, "depths must be 4 positive integers, one a level, got 3"),
+        ({"drop_path_rate": "0.1"}, "drop_path_rate must be a number"),
+        ({"drop_rate": None}, "drop_rate must be a number"),
+        ({"mlp_ratio": "4"}, "mlp_ratio must be a number"),
+        ({"mlp_ratio": 0.01}, "hidden channel, got 0.01"),
+        ({"layer_scale": -1}, "layer_scale must be a positive number or None, got -1"),
+        ({"class_names": ("a",) * 10}, "different names"),
+        ({"class_names": "abcdefghij"}, "different names in a list"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(changes, message):

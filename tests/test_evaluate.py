@@ -86,6 +86,14 @@ def test_no_pictures_is_one_sentence(tmp_path, checkpoint, capsys):
     assert "none" in capsys.readouterr().err
 
 
+def test_a_network_without_classes_is_one_sentence(tmp_path, capsys):
+    model = create_model("mamba_vision_test_tiny", num_classes=0)
+    save_checkpoint(tmp_path / "headless.safetensors", model.state_dict(), model.config)
+    data = make_npz(tmp_path / "data")
+    assert main(["evaluate", f"--data={data}", f"--checkpoint={tmp_path / 'headless.safetensors'}"]) == 2
+    assert "no classifier" in capsys.readouterr().err
+
+
 def test_accuracy_by_hand():
     torch.manual_seed(0)
     logits, labels = torch.randn(40, 8), torch.randint(0, 7, (40,))  # no picture of class 7

@@ -42,10 +42,12 @@ def test_the_public_snippet(tmp_path):
 def test_unknown_names_and_arguments_are_errors():
     with pytest.raises(UnknownVariantError, match="mamba_vision_T"):
         create_model("mamba_vision_tiny")
-    with pytest.raises(TypeError, match="drop_paths"):
+    with pytest.raises(TypeError, match="no argument 'drop_paths'; did you mean drop_path_rate"):
         create_model(TINY, drop_paths=0.1)
     with pytest.raises(ValueError, match="drop_path_rate"):
         create_model(TINY, drop_path_rate=2.0)
+    with pytest.raises(TypeError, match="name is a text, got 5"):
+        create_model(5)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,9 @@ def test_unknown_names_and_arguments_are_errors():
         ({"model_path": "a"}, "pretrained=True"),
         ({"out_indices": (1,)}, "features_only=True"),
         ({"num_classes": 3, "class_names": ["a"]}, "contradicts"),
+        ({"class_names": "cat"}, "list of names, got the text 'cat'"),
+        ({"in_chans": 0}, "in_chans must be a positive integer, got 0"),
+        ({"window_size": 7}, "window_size"),
     ],
 )
 def test_contradictions_are_errors(arguments, message):
@@ -74,6 +79,20 @@ def test_a_checkpoint_of_ours_carries_everything(own_checkpoint):
 def test_a_checkpoint_of_another_architecture_is_named(own_checkpoint):
     with pytest.raises(CheckpointError, match=r"is no mamba_vision_T: it has dim 8 instead of 80"):
         create_model("mamba_vision_T", checkpoint_path=own_checkpoint)
+
+
+def test_a_fine_tuned_file_is_not_taken_for_the_published_weights(tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_checkpoint(path, weights(TINY, num_classes=2), VARIANTS[TINY].replace(num_classes=2))
+    with pytest.raises(CheckpointError, match="checkpoint_path"):
+        create_model("mamba_vision_T", pretrained=True, model_path=path)
+
+
+def test_preprocessing_may_be_given():
+    model = create_model(TINY, preprocessing={"img_size": 48, "mean": (0.5,) * 3, "std": (0.5,) * 3})
+    assert (model.config.preprocessing.img_size, model.config.preprocessing.mean) == ((48, 48), (0.5,) * 3)
+    with pytest.raises(TypeError, match="size"):
+        create_model(TINY, preprocessing={"size": 48})
 
 
 def test_another_class_count_makes_a_new_head(own_checkpoint, caplog):

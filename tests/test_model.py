@@ -89,18 +89,21 @@ def test_published_parameter_counts():
         assert sum(parameter.numel() for parameter in model.parameters()) == count
 
 
-def test_the_step_bias_counts_twice():
-    """The original adds it in the projection and in the scan; once or three times would miss the golden vectors."""
+def test_the_step_bias_counts_twice(monkeypatch):
+    """The original adds it in the projection and in the scan."""
     mixer = MambaVisionMixer(16).eval()
-    x = torch.randn(1, 9, 16)
+    torch.nn.init.normal_(mixer.dt_proj.bias)
+    seen = {}
+
+    def scan(x, dt, A, B, C, D, dt_bias, **_):
+        low, _, _ = mixer.x_proj(x).split([mixer.dt_rank, 8, 8], dim=-1)
+        seen["bias"] = (dt - low @ mixer.dt_proj.weight.t()).mean((0, 1)) + dt_bias
+        return x
+
+    monkeypatch.setattr("mambavision.layers.mixer.selective_scan", scan)
     with torch.no_grad():
-        mixer.dt_proj.weight.zero_()
-        mixer.dt_proj.bias.fill_(0.5)
-        taken = mixer(x)
-        mixer.dt_proj.bias.zero_()
-        mixer.x_proj.weight.data[: mixer.dt_rank].zero_()
-        untouched = mixer(x)
-    assert not torch.allclose(taken, untouched)
+        mixer(torch.randn(1, 9, 16))
+    torch.testing.assert_close(seen["bias"], 2 * mixer.dt_proj.bias.detach())
     for init, expected in (("zero", 0.0), ("log_uniform", None)):
         fresh = MambaVisionMixer(64, dt_bias_init=init)
         fresh.init_scan_parameters()
@@ -170,11 +173,19 @@ def test_padding_is_zero_on_the_right_and_at_the_bottom():
         (torch.zeros(1, 1, 64, 64), r"got \(1, 1, 64, 64\)"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "floating type, got torch.uint8"),
         (torch.zeros(1, 3, 64, 64, dtype=torch.float16), "torch.float16 but the weights torch.float32"),
+        (torch.zeros(1, 3, 0, 5), r"got \(1, 3, 0, 5\)"),
+        (torch.zeros(1, 3, 64, 64, device="meta"), "Pictures are on meta and the weights on cpu"),
+        (np.zeros((1, 3, 64, 64)), "tensor of pictures, got ndarray"),
     ],
 )
 def test_wrong_input_is_one_clear_sentence(tiny, images, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         tiny(images)
+
+
+def test_autocast_does_not_hide_float64(tiny):
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match="float64 but the weights"):
+        tiny(torch.zeros(1, 3, 64, 64, dtype=torch.float64))
 
 
 # --- types, layouts, devices ------------------------------------------------------------------------------------------

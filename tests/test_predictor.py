@@ -150,7 +150,9 @@ def test_wrong_use_is_said(model, checkpoint, tmp_path):
         Predictor(model, batch_size=0)
     with pytest.raises(ValueError, match="top_k"):
         Predictor(model).stream([CAT], top_k=0)
-    for device in ("abacus", "cuda:99"):
+    with pytest.raises(TypeError, match="MambaVisionBackbone"):
+        Predictor(create_model("mamba_vision_test_tiny", features_only=True))
+    for device in ("abacus", "cuda:99", "meta"):
         with pytest.raises(DeviceError, match=device):
             Predictor(checkpoint=checkpoint, device=device)
 

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from mambavision import cli, create_model
+from mambavision.cli.arguments import UsageError
 from mambavision.cli.train import parse as parse_training
 from mambavision.inference.images import SAMPLES
 from mambavision.weights import save_checkpoint
@@ -191,7 +192,7 @@ def test_commands_would_be_accepted(block, tmp_path, monkeypatch):
 def test_commands_that_would_not_be_accepted_are_found(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (words,) = commands(command)
-    with pytest.raises((AssertionError, SystemExit, TypeError)):
+    with pytest.raises((AssertionError, SystemExit, TypeError, UsageError)):
         check(words)
 
 

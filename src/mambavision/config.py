@@ -124,12 +124,15 @@ class MambaVisionConfig:
 
     def __post_init__(self) -> None:
         for name in ("depths", "num_heads", "window_size"):
-            values = tuple(getattr(self, name))
-            if len(values) != NUM_LEVELS or any(not _is_int(value) or value < 1 for value in values):
-                raise ValueError(f"{name} must be {NUM_LEVELS} positive integers, one a level, got {values}.")
-            object.__setattr__(self, name, values)
+            values = getattr(self, name)
+            listed = isinstance(values, (tuple, list)) and len(values) == NUM_LEVELS
+            if not listed or any(not _is_int(value) or value < 1 for value in values):
+                raise ValueError(f"{name} must be {NUM_LEVELS} positive integers, one a level, got {values!r}.")
+            object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "stem_strides", _pair("stem_strides", self.stem_strides))
         if self.class_names is not None:
+            if isinstance(self.class_names, str) or len(set(self.class_names)) != len(self.class_names):
+                raise ValueError(f"class_names must be different names in a list, got {self.class_names!r}.")
             object.__setattr__(self, "class_names", tuple(self.class_names))
         if isinstance(self.preprocessing, Mapping):
             object.__setattr__(self, "preprocessing", Preprocessing(**self.preprocessing))
@@ -140,11 +143,16 @@ class MambaVisionConfig:
             raise ValueError(f"stem_strides must each be 1 or 2, got {self.stem_strides}.")
         if not _is_int(self.d_conv) or self.d_conv < 1 or self.d_conv % 2 == 0:
             raise ValueError(f"d_conv must be a positive odd integer, got {self.d_conv!r}.")
-        if self.mlp_ratio <= 0:
-            raise ValueError(f"mlp_ratio must be positive, got {self.mlp_ratio}.")
+        if not _is_number(self.mlp_ratio) or self.channels[2] * self.mlp_ratio < 1:
+            raise ValueError(f"mlp_ratio must be a number that leaves an MLP a hidden channel, got {self.mlp_ratio!r}.")
+        for name in ("layer_scale", "layer_scale_conv"):
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value <= 0):
+                raise ValueError(f"{name} must be a positive number or None, got {value!r}.")
         for name in ("drop_rate", "attn_drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not _is_number(value) or not 0 <= value < 1:
+                raise ValueError(f"{name} must be a number in [0, 1), got {value!r}.")
         if not _is_int(self.num_classes) or self.num_classes < 0:
             raise ValueError(f"num_classes must be an integer of at least 0, got {self.num_classes!r}.")
         _check_choice("mixer_order", self.mixer_order, MixerOrder)
@@ -200,6 +208,10 @@ class MambaVisionConfig:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _pair(name: str, value: object) -> tuple[int, int]:
@@ -293,10 +305,13 @@ def get_config(name: str, **changes: Any) -> MambaVisionConfig:
     Raises:
         UnknownVariantError: listing the nearest names.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"A model's name is a text, got {name!r}.")
     if name not in VARIANTS:
         by_lower = {variant.lower(): variant for variant in VARIANTS}
-        near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.3) or list(by_lower)
+        near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.3)
+        what = "the nearest names are" if near else "there are"
         raise UnknownVariantError(
-            f"Unknown model {name!r}; the nearest names are {', '.join(by_lower[key] for key in near)}."
+            f"Unknown model {name!r}; {what} {', '.join(by_lower[key] for key in near or by_lower)}."
         )
     return VARIANTS[name].replace(**changes)

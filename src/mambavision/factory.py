@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
-from mambavision.config import VARIANTS, MambaVisionConfig, get_config
+from mambavision.config import VARIANTS, MambaVisionConfig, Preprocessing, get_config
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 from mambavision.weights import CheckpointError, fetch_weights, load_weights, read_checkpoint
@@ -66,7 +67,7 @@ def create_model(
         in_chans: channels of the pictures; the weights of the first convolution are adapted.
         img_size: side or (height, width) in pixels for which windows cover the whole map, and to which pictures are
             resized. Without it the published windows stay; any picture size works either way.
-        window_size: side of the windows in tokens, four entries, one a level.
+        window_size: side of the windows in tokens, four entries, one a level; goes before what `img_size` gives.
         features_only: return a `MambaVisionBackbone`, whose output is a list of feature maps.
         out_indices: levels whose maps it returns; all four by default.
         device: where to put the network; `meta` makes shapes without memory.
@@ -101,6 +102,11 @@ def create_model(
     elif checkpoint_path is not None:
         checkpoint = read_checkpoint(checkpoint_path)
     if pretrained and config is not None and checkpoint is not None and checkpoint.config is not None:
+        if checkpoint.config.num_classes != config.num_classes:
+            raise CheckpointError(
+                f"{checkpoint.path} has {checkpoint.config.num_classes} classes, so it is not the published weights of "
+                f"{model_name}: pass weights of your own as checkpoint_path, without pretrained."
+            )
         # The table knows the published networks; what a file adds is the names of its classes.
         config = config.replace(class_names=checkpoint.config.class_names)
     elif checkpoint is not None and checkpoint.config is not None:
@@ -145,14 +151,25 @@ def _changed(
     fields: dict[str, Any],
 ) -> MambaVisionConfig:
     changes = dict(fields)
+    known = {field.name for field in dataclasses.fields(MambaVisionConfig)}
+    if unknown := sorted(set(changes) - known):
+        near = difflib.get_close_matches(unknown[0], known, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see MambaVisionConfig for what there is."
+        raise TypeError(f"create_model has no argument {unknown[0]!r}; {hint}")
+    if isinstance(class_names, str):
+        raise ValueError(f"class_names must be a list of names, got the text {class_names!r}.")
     if class_names is not None:
         changes.update(class_names=tuple(class_names), num_classes=len(class_names))
         if num_classes not in (None, len(class_names)):
             raise ValueError(f"num_classes={num_classes} contradicts the {len(class_names)} class_names.")
     elif num_classes is not None and num_classes != config.num_classes:
         changes.update(num_classes=num_classes, class_names=None)
-    preprocessing = config.preprocessing
+    preprocessing = changes.pop("preprocessing", config.preprocessing)
+    if isinstance(preprocessing, Mapping):
+        preprocessing = Preprocessing(**preprocessing)
     if in_chans is not None and in_chans != config.in_chans:
+        if not isinstance(in_chans, int) or in_chans < 1:
+            raise ValueError(f"in_chans must be a positive integer, got {in_chans!r}.")
         changes["in_chans"] = in_chans
         mean, std = (_for_channels(values, in_chans) for values in (preprocessing.mean, preprocessing.std))
         preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)

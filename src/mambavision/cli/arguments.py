@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mambavision.inference.predictor import Predictor
 
 
 class UsageError(Exception):
@@ -23,6 +27,18 @@ def image_size(text: str) -> tuple[int, int]:
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"must be one number or HEIGHTxWIDTH, got {text!r}")
     return sides[0], sides[-1]
+
+
+def open_predictor(options: argparse.Namespace) -> Predictor:
+    """The predictor that --model, --checkpoint, --device and --batch-size describe; UsageError when there is none."""
+    from mambavision.inference.predictor import Predictor
+
+    try:
+        return Predictor(
+            options.model, checkpoint=options.checkpoint, device=options.device, batch_size=options.batch_size
+        )
+    except ValueError as error:  # what was asked for cannot be
+        raise UsageError(str(error)) from error
 
 
 # What argparse calls them where `int` refuses the text.

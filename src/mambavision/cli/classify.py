@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mambavision.cli.arguments import UsageError, positive
+from mambavision.cli.arguments import open_predictor, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -72,14 +72,7 @@ def main(argv: Sequence[str]) -> int:
     if not pictures:
         return 1
 
-    from mambavision.inference.predictor import Predictor
-
-    try:
-        predictor = Predictor(
-            options.model, checkpoint=options.checkpoint, device=options.device, batch_size=options.batch_size
-        )
-    except ValueError as error:  # what was asked for cannot be
-        raise UsageError(str(error)) from error
+    predictor = open_predictor(options)
     messages.print(_introduction(predictor, options.model, options.checkpoint))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters becomes an error

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambavision.cli.arguments import UsageError, positive
+from mambavision.cli.arguments import UsageError, open_predictor, positive
 
 if TYPE_CHECKING:
     from mambavision.engine.evaluate import Evaluation
@@ -57,11 +57,11 @@ def main(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv)
     from mambavision.data.folder import open_evaluation
     from mambavision.engine.evaluate import evaluate, evaluation_batches, match_classes
-    from mambavision.inference.predictor import Predictor, class_labels
+    from mambavision.inference.predictor import class_labels
 
     if options.workers < 0:
         raise UsageError(f"--workers must be at least 0, got {options.workers}.")
-    predictor = Predictor(options.model, checkpoint=options.checkpoint, device=options.device)
+    predictor = open_predictor(options)
     pictures, matched = match_classes(open_evaluation(options.data), class_labels(predictor.config))
     print(f"{options.data}: {len(pictures):,} pictures. {matched}", file=sys.stderr)
     result = evaluate(

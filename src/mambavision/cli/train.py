@@ -7,7 +7,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mambavision.cli.arguments import UsageError
 
@@ -99,8 +99,12 @@ def parse(argv: Sequence[str], console: Console) -> tuple[TrainConfig, dict[str,
     before = _flat(state["config"]) | {"output": str(last.parent)}
     parser.set_defaults(before)
     config = _config(parser, parser.parse_args(argv))
+    if Path(config.output).resolve() != last.parent.resolve():
+        raise ValueError(f"{last} continues in its own folder: leave --output out, or copy the whole folder first.")
     for name, value in _flat(config.to_dict()).items():
         if value != before.get(name):
+            if name.startswith("model.") or name == "optim.name":
+                raise ValueError(f"A continued run keeps its {name}: {before.get(name)!r} cannot become {value!r}.")
             console.print(f"continuing with {name} = {value} (was {before.get(name)})")
     console.print(f"continuing {last} after step {state['step']}")
     return config, state
@@ -112,7 +116,13 @@ def build_parser() -> ArgumentParser:
 
     from mambavision.engine.config import TrainConfig
 
-    parser = ArgumentParser(
+    class Parser(ArgumentParser):
+        """Tells a mistake in one sentence, without the long list of what there is."""
+
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise UsageError(" ".join(message.split()).replace("Parser key", "setting") + "; see --help.") from ex
+
+    parser = Parser(
         prog="mambavision train",
         description=SUMMARY,
         epilog=EXAMPLES,

@@ -10,7 +10,7 @@ import numpy as np
 
 from mambavision.data import DataError
 from mambavision.data.pools import FilePool, PackedPool, Pictures
-from mambavision.inference.images import SUFFIXES
+from mambavision.inference.images import walk_pictures
 
 TRAIN_NAMES = ("train",)
 EVALUATION_NAMES = ("val", "validation", "test")
@@ -83,7 +83,7 @@ def open_pictures(source: Path, *, class_names: Sequence[str] | None = None) -> 
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        files = sorted(path for path in (source / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = sorted(walk_pictures(source / name))
         if not files:
             raise DataError(f"{source / name} holds no pictures; remove the folder or fill it.")
         paths += files
@@ -104,7 +104,8 @@ def _open_npz(path: Path, class_names: Sequence[str] | None) -> Pictures:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (KeyError, ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is not a readable .npz with the arrays images and labels: {error}") from None
+        reason = "it holds more than plain numbers" if "pickle" in str(error) else error
+        raise DataError(f"{path} is not a readable .npz with the arrays images and labels: {reason}.") from None
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or len(images) != len(labels):
         raise DataError(
             f"{path}: images must be uint8 (N, H, W, 3) with as many labels, got {images.dtype} {images.shape} "

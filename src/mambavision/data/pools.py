@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mambavision.inference.images import ImageError, read_image
+from mambavision.inference.images import ImageError, printable, read_image
 
 
 class Pool(Protocol):
@@ -32,15 +33,15 @@ class FilePool:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         # One array of bytes: a list of a million Path objects would be copied page by page into every worker.
-        self._paths = np.array([str(path).encode() for path in paths])
+        self._paths = np.array([os.fsencode(path) for path in paths])
 
     def name(self, index: int) -> str:
-        """The file's path."""
-        return self._paths[index].decode()
+        """The file's path, as it can be shown."""
+        return printable(os.fsdecode(self._paths[index]))
 
     def read(self, index: int) -> Image.Image:
         """The file's picture as RGB, upright; ImageError when it cannot be read."""
-        return read_image(self.name(index))
+        return read_image(os.fsdecode(self._paths[index]))
 
 
 class PackedPool:

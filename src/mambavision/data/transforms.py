@@ -25,22 +25,30 @@ def build_train_transform(augment: AugmentConfig, preprocessing: Preprocessing) 
     Args:
         augment: what is done.
         preprocessing: of the network; gives the size and, to the colour policies, the mean.
+
+    Raises:
+        ValueError: timm does not know the policy `auto_augment`.
     """
     size = preprocessing.img_size
-    crop, policy, _ = create_transform(
-        size,
-        is_training=True,
-        use_prefetcher=True,
-        separate=True,  # the third part would make a normalised tensor
-        scale=augment.scale,
-        ratio=augment.ratio,
-        interpolation=augment.interpolation,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None is how timm leaves it out
-        auto_augment=augment.auto_augment,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-    )
+    try:
+        crop, policy, _ = create_transform(
+            size,
+            is_training=True,
+            use_prefetcher=True,
+            separate=True,  # the third part would make a normalised tensor
+            scale=augment.scale,
+            ratio=augment.ratio,
+            interpolation=augment.interpolation,
+            hflip=augment.hflip,
+            color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]  # None is how timm leaves it out
+            auto_augment=augment.auto_augment,
+            mean=preprocessing.mean,
+            std=preprocessing.std,
+        )
+    except (AssertionError, KeyError, IndexError) as error:  # timm's answers to a policy that it does not know
+        raise ValueError(
+            f"auto_augment {augment.auto_augment!r} is no policy of timm's; try rand-m9-mstd0.5-inc1, or null for none."
+        ) from error
     if augment.crop == "pad":
         # Resize leaves a picture of that size as it is.
         crop = Compose([Resize(min(size)), RandomPadCrop(size, augment.pad), RandomHorizontalFlip(augment.hflip)])

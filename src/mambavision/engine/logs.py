@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from mambavision.weights.checkpoint import replaced_when_done
+
 STEPS = "steps.csv"
 EPOCHS = "epochs.csv"
 STEP_FIELDS = ("step", "epoch", "lr", "loss", "grad_norm")
@@ -31,9 +33,10 @@ class Table:
         column, limit = keep
         rows = _read_rows(path)[1] if path.exists() else []
         kept = [row for row in rows if float(row[fields.index(column)]) < limit]
-        self._file = path.open("w", newline="", encoding="utf-8")
+        with replaced_when_done(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([fields, *kept])
+        self._file = path.open("a", newline="", encoding="utf-8")
         self._writer = csv.writer(self._file)
-        self.add([fields, *kept])
 
     def add(self, rows: Iterable[Sequence[object]]) -> None:
         """Append rows."""

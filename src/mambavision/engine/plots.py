@@ -26,7 +26,8 @@ def plot_run(folder: Path) -> Path:
     ends = [row["epoch"] + 1 for row in evaluated]
     loss.plot(ends, [row["val_loss"] for row in evaluated], label="evaluation", marker=_marker(ends))
     accuracy.plot(ends, [row["val_top1"] for row in evaluated], label="top-1", marker=_marker(ends))
-    accuracy.plot(ends, [row["val_top5"] for row in evaluated], label="top-5", marker=_marker(ends))
+    accuracy.plot(ends, [row["val_top5"] for row in evaluated], label="top-5", marker=_marker(ends), zorder=1)
+    accuracy.set_ylim(top=100)
     rate.plot(places, [row["lr"] for row in steps])
     for axes, label in ((loss, "cross-entropy"), (accuracy, "accuracy / %"), (rate, "learning rate")):
         _label(axes, label)

@@ -1,8 +1,9 @@
-"""One optimiser step: forward and backward passes, clipping, update, moving average; nothing here waits for the device.
+"""One optimiser step: forward and backward passes, clipping, update, moving average.
 
-The loss and the gradient norm of each step stay on the device until `TrainingStep.read_history` fetches those of many
-steps at once. A step with a non-finite loss or gradient changes no parameter, and neither does any step after it, so
-that the state in which it happened can still be examined then.
+Nothing here waits for the device, except for an optimiser that is not fused, which must be told whether to step. The
+loss and the gradient norm of each step stay on the device until `TrainingStep.read_history` fetches those of many steps
+at once. A step with a non-finite loss or gradient changes no parameter, and neither does any step after it, so that the
+state in which it happened can still be examined then.
 """
 
 from __future__ import annotations

@@ -35,6 +35,7 @@ from mambavision.factory import create_model
 from mambavision.inference.predictor import find_device
 from mambavision.models.classifier import MambaVision
 from mambavision.weights import save_checkpoint
+from mambavision.weights.checkpoint import replaced_when_done
 
 BEST = "best.safetensors"
 FINAL = "final.safetensors"
@@ -101,6 +102,7 @@ class TrainingRun:
         self.done = 0
         self.best_top1 = -math.inf
         self.epoch_loss = 0.0  # sum over the steps of the epoch so far
+        self._last_rate = math.nan  # learning rate of the last step
         if resumed is not None:
             self._resume(resumed)
         self._cached_evaluation: list[Any] | None = None
@@ -213,6 +215,7 @@ class TrainingRun:
             if not math.isfinite(loss) or (norm_counts and not math.isfinite(norm)):
                 raise NonFiniteError(self._explain(step, rate, loss, norm))
             self.epoch_loss += loss
+            self._last_rate = rate
 
     def _explain(self, step: int, rate: float, loss: float, norm: float) -> str:
         each = self.config.accumulate
@@ -241,7 +244,7 @@ class TrainingRun:
             {
                 "epoch": epoch,
                 "step": self.done - 1,
-                "lr": self.step.learning_rate,
+                "lr": self._last_rate,
                 "train_loss": self.epoch_loss / self.steps_per_epoch,
                 "val_loss": result.loss if result else math.nan,
                 "val_top1": result.top1 if result else math.nan,
@@ -324,5 +327,8 @@ class TrainingRun:
         if not self.bad:
             return
         path = self.folder / BAD_PICTURES
-        path.write_text("".join(f"{reason}\n" for _, reason in sorted(self.bad.items())), encoding="utf-8")
-        self.console.print(f"{len(self.bad)} pictures could not be read and were passed over; {path} names them.")
+        before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []  # of the run that is continued
+        reasons = sorted({*before, *self.bad.values()})
+        with replaced_when_done(path) as temporary:
+            temporary.write_text("".join(f"{reason}\n" for reason in reasons), encoding="utf-8")
+        self.console.print(f"Pictures that could not be read and were passed over: {len(reasons)}, named in {path}.")

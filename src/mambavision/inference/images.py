@@ -133,13 +133,19 @@ def _pictures_in(folder: Path, problems: list[str]) -> list[Path]:
         problems.append(f"{printable(str(error.filename))} cannot be searched: {_reason(error)}.")
 
     reported = len(problems)
-    found = sorted(_walk(folder, report))
+    found = sorted(walk_pictures(folder, report))
     if not found and len(problems) == reported:
         problems.append(f"{printable(str(folder))} is a folder without pictures.")
     return found
 
 
-def _walk(folder: Path, report: Callable[[OSError], None]) -> Iterator[Path]:
+def walk_pictures(folder: Path, report: Callable[[OSError], None] | None = None) -> Iterator[Path]:
+    """Pictures in a folder and its subfolders, by suffix and in no order; what is hidden is passed over.
+
+    Args:
+        folder: where to search.
+        report: called with the error of each folder that cannot be searched.
+    """
     for parent, folders, files in os.walk(folder, onerror=report):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:

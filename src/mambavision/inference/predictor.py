@@ -79,6 +79,7 @@ class Predictor:
         CheckpointError: weights that cannot be fetched, read or loaded.
         FileNotFoundError: no file at `checkpoint`.
         DeviceError: no such device here.
+        TypeError: `model` is none of these.
         ValueError: a network without classes or for other than 1 or 3 channels, or a batch size below 1.
     """
 
@@ -92,6 +93,8 @@ class Predictor:
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+        if not isinstance(model, (str, MambaVision, type(None))):
+            raise TypeError(f"model must be a name, a MambaVision classifier or None, got {type(model).__name__}.")
         if isinstance(model, MambaVision):
             if checkpoint is not None:
                 raise ValueError("Give either a network or a checkpoint to read, not both.")
@@ -197,6 +200,8 @@ def find_device(name: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch's answers to a device it lacks
         reason = str(error).splitlines()[0].rstrip(".")
         raise DeviceError(f"Device {str(name)!r} cannot be used here ({reason}); try auto or cpu.") from error
+    if device.type == "meta":
+        raise DeviceError("Device 'meta' has shapes but no values; try auto or cpu.")
     return device
 
 

@@ -52,19 +52,31 @@ class Level(nn.Module):
 
 
 class FeatureInfo(list[dict[str, Any]]):
-    """One entry a feature map with `num_chs`, `reduction` and `module`; the methods are timm's."""
+    """One entry a feature map with `num_chs`, `reduction` and `module`; the methods are timm's.
 
-    def channels(self) -> list[int]:
+    `index`, where it is given, asks for one map or for a list of them, by place among the maps.
+    """
+
+    def channels(self, index: int | Sequence[int] | None = None) -> Any:
         """Channels of each map."""
-        return [entry["num_chs"] for entry in self]
+        return self._column("num_chs", index)
 
-    def reduction(self) -> list[int]:
+    def reduction(self, index: int | Sequence[int] | None = None) -> Any:
         """Input pixels under one side of a cell, each map."""
-        return [entry["reduction"] for entry in self]
+        return self._column("reduction", index)
 
-    def module_name(self) -> list[str]:
+    def module_name(self, index: int | Sequence[int] | None = None) -> Any:
         """The module whose output each map is."""
-        return [entry["module"] for entry in self]
+        return self._column("module", index)
+
+    def get_dicts(self, keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """The entries, with all their keys or with `keys` alone."""
+        return [{key: entry[key] for key in keys or entry} for entry in self]
+
+    def _column(self, key: str, index: int | Sequence[int] | None) -> Any:
+        if isinstance(index, int):
+            return self[index][key]
+        return [self[place][key] for place in (range(len(self)) if index is None else index)]
 
 
 class MambaVisionBackbone(nn.Module):
@@ -199,11 +211,17 @@ class MambaVisionBackbone(nn.Module):
     def _check_input(self, x: Tensor) -> None:
         channels = self.config.in_chans
         weight = self.patch_embed.conv_down[0].weight
-        if x.dim() != 4 or x.shape[1] != channels:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Expected a tensor of pictures, got {type(x).__name__}.")
+        if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
             raise ValueError(f"Expected pictures as (batch, {channels}, height, width), got {tuple(x.shape)}.")
+        if x.device.type != weight.device.type:
+            raise ValueError(f"Pictures are on {x.device} and the weights on {weight.device}; move one to the other.")
         if not x.dtype.is_floating_point:
             raise ValueError(f"Expected normalised pictures of a floating type, got {x.dtype}; convert and scale them.")
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype == weight.dtype:
+            return
+        if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"Pictures are {x.dtype} but the weights {weight.dtype}; cast one, or run under autocast.")
 
 

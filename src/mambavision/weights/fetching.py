@@ -19,7 +19,7 @@ def fetch_weights(variant: str, *, model_path: str | os.PathLike[str] | None = N
     """File with the published weights of `variant`, downloaded when it is not here yet.
 
     The hub's own variables rule where and how: HF_HOME and HF_HUB_CACHE (cache), HF_HUB_OFFLINE (never connect),
-    HF_ENDPOINT (mirror). The weights' license is logged once a process.
+    HF_ENDPOINT (mirror). The weights' license is logged once a process for each variant.
 
     Args:
         variant: name with a row in `WEIGHTS`.

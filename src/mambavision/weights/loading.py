@@ -118,11 +118,18 @@ def _has_other_head(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.T
 
 
 def _adapted_first_conv(own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """The first convolution for the model's channels, or None when it fits already or is not one over 3 channels."""
+    """The first convolution for the model's channels, or None when it fits already."""
     if FIRST_CONV not in own or FIRST_CONV not in given:
         return None
     channels, wanted = given[FIRST_CONV].shape[1], own[FIRST_CONV].shape[1]
-    return adapt_first_conv(given[FIRST_CONV], wanted) if channels == 3 and wanted != 3 else None
+    if channels == wanted:
+        return None
+    if channels != 3:
+        raise CheckpointError(
+            f"The checkpoint is for pictures of {channels} channel{'s' if channels > 1 else ''} and the model for "
+            f"{wanted}; weights for 3 channels alone can be adapted: create the model with in_chans={channels}."
+        )
+    return adapt_first_conv(given[FIRST_CONV], wanted)
 
 
 def _check_fit(model: str, own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:

@@ -134,8 +134,9 @@ def _unpickle(path: Path) -> Any:
     needed: list[Any] = [] if argparse.Namespace in already_allowed else [argparse.Namespace]
     try:
         _check_sums(path)
-        with torch.serialization.safe_globals(needed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # An opened file: from a name alone, torch.load goes by its suffix.
+        with torch.serialization.safe_globals(needed), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"(?:GLOBAL|unrecognized function|classes allowlisted.*but got) ([^\s;]+)", str(error))
         what = f"it asks for {asked[1]}" if asked else "it uses pickle instructions that weights do not need"
