@@ -107,7 +107,15 @@ def create_model(
         config = _reconciled(config, checkpoint.config, model_name, str(checkpoint.path))
     if config is None:
         raise ValueError("Without a model name, checkpoint_path must name a checkpoint that carries its architecture.")
-    config = _changed(config, num_classes, class_names, in_chans, img_size, window_size, config_fields)
+    config = adapted_config(
+        config,
+        num_classes=num_classes,
+        class_names=class_names,
+        in_chans=in_chans,
+        img_size=img_size,
+        window_size=window_size,
+        **config_fields,
+    )
 
     network: MambaVision | MambaVisionBackbone
     if features_only:
@@ -135,16 +143,23 @@ def _reconciled(
     return stored
 
 
-def _changed(
+def adapted_config(
     config: MambaVisionConfig,
-    num_classes: int | None,
-    class_names: Sequence[str] | None,
-    in_chans: int | None,
-    img_size: int | tuple[int, int] | None,
-    window_size: Sequence[int] | None,
-    fields: dict[str, Any],
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    in_chans: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    window_size: Sequence[int] | None = None,
+    **config_fields: Any,
 ) -> MambaVisionConfig:
-    changes = dict(fields)
+    """`config` with changes that `create_model` takes, and with what follows from them; None changes nothing.
+
+    Raises:
+        TypeError: a field that `MambaVisionConfig` does not have.
+        ValueError: a value out of range, or a number of classes that contradicts their names.
+    """
+    changes = dict(config_fields)
     if class_names is not None:
         changes.update(class_names=tuple(class_names), num_classes=len(class_names))
         if num_classes not in (None, len(class_names)):
