@@ -1,1 +1,1 @@
-"""Other libraries' ways to the same networks; each module registers itself when it is imported, and none is by ours."""
+"""The network at home in other libraries; each of them is registered by the import of its own module."""

@@ -116,9 +116,11 @@ class FeatureMaps(FeatureGetterNet):
     def forward(self, x: Tensor) -> list[Tensor]:  # (batch, in_chans, H, W)
         indices = self.out_indices
         if self.return_layers is not None:
-            levels = {f"levels.{level}": level for level in range(len(self.model.levels))}
-            indices = [levels[module] for module in self.return_layers if module in levels]
-        return self.model.forward_intermediates(x, indices=indices, norm=self.norm, intermediates_only=True)
+            kept = [entry["module"] for entry in self.feature_info.info[: len(self.model.levels)]]
+            indices = [kept.index(module) for module in self.return_layers if module in kept]
+        return self.model.forward_intermediates(
+            x, indices=indices, norm=self.norm, output_fmt=self.output_fmt, intermediates_only=True
+        )
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward instead of keeping them."""
@@ -136,7 +138,9 @@ def checkpoint_filter_fn(content: Mapping[str, Any], model: nn.Module) -> dict[s
     """
     weights = without_prefixes(weights_within(content, path="The checkpoint"))
     own = model.state_dict()
-    body, given = ({name: t for name, t in tensors.items() if not name.startswith("head.")} for tensors in (own, weights))
+    body, given = (
+        {name: t for name, t in tensors.items() if not name.startswith("head.")} for tensors in (own, weights)
+    )
     if FIRST_CONV in given:
         given[FIRST_CONV] = own[FIRST_CONV]
     check_fit(type(model).__name__, body, given)
@@ -168,17 +172,25 @@ def _create(name: str, variant: str, pretrained: bool, **kwargs: Any) -> nn.Modu
     )
     cfg = model.pretrained_cfg
     if kwargs.get("img_size") is not None:  # so that timm.data prepares pictures of that size
-        sizes = _sizes(adapted_config(config, img_size=kwargs["img_size"]))
-        cfg.update(sizes, input_size=(cfg["input_size"][0], *sizes["input_size"][1:]))
-    if pretrained and not cfg.get("file") and not cfg.get("state_dict"):
-        for spec in WEIGHTS.values():
-            if spec.repo_id is not None and spec.repo_id == cfg.get("hf_hub_id"):
-                say_license(spec)
+        cfg.update(_sizes(adapted_config(config, img_size=kwargs["img_size"], in_chans=cfg["input_size"][0])))
+    if pretrained:
+        _say_license_of(cfg)
+        for module in model.modules():
+            # A mark of transformers', whose TimmBackbone resets the statistics of batch norms without it.
+            module._is_hf_initialized = True  # type: ignore[assignment]
     return model
 
 
+def _say_license_of(cfg: Mapping[str, Any]) -> None:
+    """Log the license of the weights that timm loaded, when they are the published ones."""
+    if not cfg.get("file") and not cfg.get("state_dict"):
+        for spec in WEIGHTS.values():
+            if spec.repo_id is not None and spec.repo_id == cfg.get("hf_hub_id"):
+                say_license(spec)
+
+
 def _sizes(config: MambaVisionConfig) -> dict[str, tuple[int, ...]]:
-    """timm's fields for the size of the pictures and of the map that is pooled."""
+    """Fields of timm's for the size of the pictures and of the map that is pooled."""
     size = config.preprocessing.img_size
     last = tuple(-(-side // config.reductions[-1]) for side in size)
     return {"input_size": (config.in_chans, *size), "pool_size": last}
@@ -217,7 +229,7 @@ def _pretrained_cfg(variant: str) -> PretrainedCfg:
 
 
 def _registered() -> tuple[dict[str, str], dict[str, PretrainedCfg]]:
-    """Name -> variant that is built, and `name` or `name.tag` -> its weights; the first tag of a name is its default."""
+    """Name -> variant that is built, and name, with its tag -> weights; a name's first tag is its default."""
     built, cfgs = {}, {}
     for variant in VARIANTS:
         name = variant.lower().removesuffix("_21k")
