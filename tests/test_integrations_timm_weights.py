@@ -184,7 +184,7 @@ def test_a_saved_network_comes_back(saved, source, tmp_path):
     images = torch.randn(2, 1, 64, 96)
     assert torch.equal(back(images), model(images))
     assert back.config == model.config
-    assert tuple(back.pretrained_cfg["input_size"]) == (1, 64, 96)
+    assert tuple(back.pretrained_cfg["input_size"][1:]) == (64, 96)
     backbone = timm.create_model(name, pretrained=True, features_only=True, **arguments).eval()
     expected = model.forward_intermediates(images, intermediates_only=True)
     assert all(torch.equal(left, right) for left, right in zip(backbone(images), expected, strict=True))
@@ -195,7 +195,7 @@ def test_a_saved_network_is_adapted_on_the_way(saved):
     other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5, img_size=128).eval()
     assert_equal(other, model, but=("head.",))
     assert (other.num_classes, other.config.window_size[2:]) == (5, (8, 4))
-    assert tuple(other.pretrained_cfg["input_size"]) == (1, 128, 128)
+    assert tuple(other.pretrained_cfg["input_size"][1:]) == (128, 128)
 
 
 def test_our_loader_reads_what_timm_saved(saved):

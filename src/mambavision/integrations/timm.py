@@ -111,11 +111,13 @@ class FeatureMaps(FeatureGetterNet):
     `TimmBackbone` sets it for `output_hidden_states`.
     """
 
+    model: Any
+    out_indices: Any  # levels, or how many of the last
     return_layers: Mapping[str, str] | None = None
 
     def forward(self, x: Tensor) -> list[Tensor]:  # (batch, in_chans, H, W)
         indices = self.out_indices
-        if self.return_layers is not None:
+        if self.return_layers is not None:  # names, in the order of the output
             kept = [entry["module"] for entry in self.feature_info.info[: len(self.model.levels)]]
             indices = [kept.index(module) for module in self.return_layers if module in kept]
         return self.model.forward_intermediates(
@@ -170,7 +172,7 @@ def _create(name: str, variant: str, pretrained: bool, **kwargs: Any) -> nn.Modu
         feature_cfg={"out_indices": tuple(range(NUM_LEVELS)), "feature_cls": FeatureMaps},
         **kwargs,
     )
-    cfg = model.pretrained_cfg
+    cfg: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]  # modules have more than mypy knows
     if kwargs.get("img_size") is not None:  # so that timm.data prepares pictures of that size
         cfg.update(_sizes(adapted_config(config, img_size=kwargs["img_size"], in_chans=cfg["input_size"][0])))
     if pretrained:
@@ -189,7 +191,7 @@ def _say_license_of(cfg: Mapping[str, Any]) -> None:
                 say_license(spec)
 
 
-def _sizes(config: MambaVisionConfig) -> dict[str, tuple[int, ...]]:
+def _sizes(config: MambaVisionConfig) -> dict[str, Any]:
     """Fields of timm's for the size of the pictures and of the map that is pooled."""
     size = config.preprocessing.img_size
     last = tuple(-(-side // config.reductions[-1]) for side in size)
@@ -228,9 +230,10 @@ def _pretrained_cfg(variant: str) -> PretrainedCfg:
     )
 
 
-def _registered() -> tuple[dict[str, str], dict[str, PretrainedCfg]]:
+def _registered() -> tuple[dict[str, str], dict[str, dict[str, Any] | PretrainedCfg]]:
     """Name -> variant that is built, and name, with its tag -> weights; a name's first tag is its default."""
-    built, cfgs = {}, {}
+    built: dict[str, str] = {}
+    cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {}
     for variant in VARIANTS:
         name = variant.lower().removesuffix("_21k")
         tag = f".{TAGS[WEIGHTS[variant].trained_on]}" if variant in WEIGHTS else ""

@@ -69,7 +69,7 @@ class MambaVision(MambaVisionBackbone):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one of `num_classes` outputs, 0 for none; class names are forgotten."""
         self.config = self.config.replace(num_classes=num_classes, class_names=None)
-        weight = self.patch_embed.conv_down[0].weight
+        weight = next(self.parameters())
         self.head = _head(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
 
     def prune_intermediate_layers(
