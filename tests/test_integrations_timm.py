@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,6 +65,12 @@ def test_every_variant_is_listed_by_both_names():
         "mamba_vision_l3_512.in21k_ft_in1k",
     ]
     assert all(timm.is_model(name) for name in NAMES)
+
+
+def test_the_documented_names_are_these():
+    text = (Path(__file__).parents[1] / "docs" / "timm.md").read_text()
+    pairs = re.findall(r"\| `(mamba_vision_\w+)` \| `(mamba_vision_\w+\.\w+)` ", text)
+    assert dict(pairs) == {variant: name for variant, name in TAGGED.items() if variant != TINY}
 
 
 def test_no_model_of_timm_is_replaced():
