@@ -92,6 +92,7 @@ def test_published_parameter_counts():
 def test_the_step_bias_counts_twice():
     """The original adds it in the projection and in the scan; once or three times would miss the golden vectors."""
     mixer = MambaVisionMixer(16).eval()
+    mixer.init_scan_parameters()
     x = torch.randn(1, 9, 16)
     with torch.no_grad():
         mixer.dt_proj.weight.zero_()
