@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "mambavision"
 ALLOWED = {
     "__init__": {"factory", "inference.predictor"},  # the public names, on first use
     "__main__": {"cli"},
+    "integrations": {"factory", "models.classifier", "weights"},
     "cli": {"__init__", "engine", "data.folder", "inference", "models", "weights"},
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images"},
@@ -31,7 +32,7 @@ ALLOWED = {
 # Package from elsewhere -> where it may be imported. Those of the first table are installed with ours, those of the
 # second by an extra.
 CORE = {
-    "torch": {"factory", "weights", "ops", "layers", "models", "inference", "data", "engine"},
+    "torch": {"factory", "weights", "ops", "layers", "models", "inference", "data", "engine", "integrations"},
     "numpy": {"inference", "data", "engine"},
     "torchvision": {"inference", "data"},
     "PIL": {"inference", "data"},
@@ -41,7 +42,7 @@ CORE = {
 }
 WITH_TORCH = {"triton": {"ops.selective_scan"}}  # PyTorch brings it where it runs
 EXTRA = {
-    "timm": {"data", "engine"},
+    "timm": {"data", "engine", "integrations.timm"},
     "torchmetrics": {"engine.evaluate"},
     "matplotlib": {"engine.plots"},
     "torch.utils.tensorboard": {"engine.logs"},

@@ -92,6 +92,7 @@ def test_published_parameter_counts():
 def test_the_step_bias_counts_twice(monkeypatch):
     """The original adds it in the projection and in the scan."""
     mixer = MambaVisionMixer(16).eval()
+    mixer.init_scan_parameters()
     torch.nn.init.normal_(mixer.dt_proj.bias)
     seen = {}
 

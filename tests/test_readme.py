@@ -15,7 +15,7 @@ from mambavision import cli, create_model
 from mambavision.cli.arguments import UsageError
 from mambavision.cli.train import parse as parse_training
 from mambavision.inference.images import SAMPLES
-from mambavision.weights import save_checkpoint
+from mambavision.weights import WEIGHTS, read_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -86,6 +86,11 @@ def printed_values(code):
 @pytest.mark.parametrize("code", examples("python"))
 def test_a_python_example_runs_and_prints_what_it_says(code, weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("mambavision.factory.fetch_weights", weights)
+    variants = {spec.repo_id: spec.variant for spec in WEIGHTS.values()}
+    monkeypatch.setattr(
+        "timm.models._builder.load_state_dict_from_hf",
+        lambda repo_id, *_, **__: read_checkpoint(weights(variants[repo_id])).state_dict,
+    )
     monkeypatch.chdir(tmp_path)
     for picture in ("cat.jpg", "dog.jpg"):
         shutil.copy(SAMPLES / picture, tmp_path)

@@ -30,7 +30,7 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
     """An empty cache, and no connections; the hub reads its variables once, at import."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    fetching._say_license.cache_clear()
+    fetching.say_license.cache_clear()
     return tmp_path / "cache"
 
 

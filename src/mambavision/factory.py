@@ -113,7 +113,15 @@ def create_model(
         config = _reconciled(config, checkpoint.config, model_name, str(checkpoint.path))
     if config is None:
         raise ValueError("Without a model name, checkpoint_path must name a checkpoint that carries its architecture.")
-    config = _changed(config, num_classes, class_names, in_chans, img_size, window_size, config_fields)
+    config = adapted_config(
+        config,
+        num_classes=num_classes,
+        class_names=class_names,
+        in_chans=in_chans,
+        img_size=img_size,
+        window_size=window_size,
+        **config_fields,
+    )
 
     network: MambaVision | MambaVisionBackbone
     if features_only:
@@ -141,16 +149,23 @@ def _reconciled(
     return stored
 
 
-def _changed(
+def adapted_config(
     config: MambaVisionConfig,
-    num_classes: int | None,
-    class_names: Sequence[str] | None,
-    in_chans: int | None,
-    img_size: int | tuple[int, int] | None,
-    window_size: Sequence[int] | None,
-    fields: dict[str, Any],
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    in_chans: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    window_size: Sequence[int] | None = None,
+    **config_fields: Any,
 ) -> MambaVisionConfig:
-    changes = dict(fields)
+    """`config` with changes that `create_model` takes, and with what follows from them; None changes nothing.
+
+    Raises:
+        TypeError: a field that `MambaVisionConfig` does not have.
+        ValueError: a value out of range, or a number of classes that contradicts their names.
+    """
+    changes = dict(config_fields)
     known = {field.name for field in dataclasses.fields(MambaVisionConfig)}
     if unknown := sorted(set(changes) - known):
         near = difflib.get_close_matches(unknown[0], known, n=2)
@@ -179,7 +194,7 @@ def _changed(
         )
         changes["window_size"] = config.window_for(img_size)
     if window_size is not None:
-        changes["window_size"] = tuple(window_size)
+        changes["window_size"] = window_size
     return config.replace(preprocessing=preprocessing, **changes)
 
 

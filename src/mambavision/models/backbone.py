@@ -160,15 +160,12 @@ class MambaVisionBackbone(nn.Module):
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be NCHW, got {output_fmt!r}.")
-        if indices is None:
-            indices = range(NUM_LEVELS)
-        elif isinstance(indices, int):
-            indices = range(NUM_LEVELS - indices, NUM_LEVELS)
-        taken = _level_indices(indices)
-        last = max(taken) if stop_early and intermediates_only else NUM_LEVELS - 1
+        end = len(self.levels) - 1
+        taken = _level_indices(indices, levels=len(self.levels))
+        last = max(taken) if stop_early and intermediates_only else end
         maps = self._level_maps(x, last=last)
-        final = self._final_norm(maps[-1]) if last == NUM_LEVELS - 1 else maps[-1]
-        intermediates = [final if norm and level == NUM_LEVELS - 1 else maps[level] for level in taken]
+        final = self._final_norm(maps[-1]) if last == end else maps[-1]
+        intermediates = [final if norm and level == end else maps[level] for level in taken]
         return intermediates if intermediates_only else (final, intermediates)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -192,6 +189,13 @@ class MambaVisionBackbone(nn.Module):
                 (r"^norm", (99999,)),
             ],
         }
+
+    def _keep_levels(self, indices: int | Sequence[int]) -> list[int]:
+        """Remove the levels behind the last of `indices`; returns these, counted from the first."""
+        taken = _level_indices(indices, levels=len(self.levels))
+        self.levels = self.levels[: max(taken) + 1]
+        self.levels[-1].downsample = None  # type: ignore[assignment]  # ModuleList forgets its type
+        return list(taken)
 
     def _final_norm(self, x: Tensor) -> Tensor:
         return x
@@ -268,7 +272,14 @@ def _linear_rates(rate: float, count: int) -> list[float]:
     return [rate * index / max(count - 1, 1) for index in range(count)]
 
 
-def _level_indices(indices: Sequence[int]) -> tuple[int, ...]:
-    if len(indices) == 0 or any(not -NUM_LEVELS <= index < NUM_LEVELS for index in indices):
-        raise ValueError(f"Level indices must lie in {-NUM_LEVELS}..{NUM_LEVELS - 1}, got {tuple(indices)}.")
-    return tuple(index % NUM_LEVELS for index in indices)
+def _level_indices(indices: int | Sequence[int] | None, *, levels: int = NUM_LEVELS) -> tuple[int, ...]:
+    """Levels counted from the first; of `levels`, a number means the last so many and None all."""
+    if indices is None:
+        return tuple(range(levels))
+    if isinstance(indices, int):
+        if not 1 <= indices <= levels:
+            raise ValueError(f"There are {levels} levels to take the last of, got {indices}.")
+        return tuple(range(levels - indices, levels))
+    if len(indices) == 0 or any(not -levels <= index < levels for index in indices):
+        raise ValueError(f"Level indices must lie in {-levels}..{levels - 1}, got {tuple(indices)}.")
+    return tuple(index % levels for index in indices)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class MambaVision(MambaVisionBackbone):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(config, device=device, dtype=dtype)
-        self.norm = nn.BatchNorm2d(config.num_features, eps=1e-5, device=device, dtype=dtype)
+        self.norm: nn.Module = nn.BatchNorm2d(config.num_features, eps=1e-5, device=device, dtype=dtype)
         self.head = _head(config.num_features, config.num_classes, device=device, dtype=dtype)
 
     @property
@@ -37,13 +39,13 @@ class MambaVision(MambaVisionBackbone):
 
     @property
     def num_features(self) -> int:
-        """Channels of the pooled vector."""
-        return self.config.num_features
+        """Channels of the last map."""
+        return self.config.channels[len(self.levels) - 1]
 
     @property
     def head_hidden_size(self) -> int:
-        """Channels that enter the classifier; timm's name for `num_features` here."""
-        return self.config.num_features
+        """Channels of the pooled vector, which enters the classifier; timm's name."""
+        return self.num_features
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # a classifier gives logits, not maps
         """Logits, (batch, num_classes), of pictures (batch, in_chans, height, width) of any size."""
@@ -51,11 +53,11 @@ class MambaVision(MambaVisionBackbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map after the final norm, (batch, num_features, H / 32, W / 32)."""
-        return self.norm(self._level_maps(x, last=NUM_LEVELS - 1)[-1])
+        return self.norm(self._level_maps(x, last=len(self.levels) - 1)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits from `forward_features`' map, or with `pre_logits` the pooled vector (batch, num_features)."""
-        x = x.mean((2, 3))
+        x = self._pool(x)
         if pre_logits:
             return x
         return self.head(F.dropout(x, self.config.drop_rate, self.training))
@@ -67,8 +69,35 @@ class MambaVision(MambaVisionBackbone):
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the head by a new one of `num_classes` outputs, 0 for none; class names are forgotten."""
         self.config = self.config.replace(num_classes=num_classes, class_names=None)
-        weight = self.norm.weight
-        self.head = _head(self.num_features, num_classes, device=weight.device, dtype=weight.dtype)
+        weight = next(self.parameters())
+        self.head = _head(self.head_hidden_size, num_classes, device=weight.device, dtype=weight.dtype)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what `forward_intermediates` with these `indices` does not need, with timm's arguments.
+
+        Args:
+            indices: levels to keep the maps of: a list, or a number for the last so many.
+            prune_norm: remove the final norm; it goes anyway when the last level does.
+            prune_head: remove the classifier; it goes anyway when the last level does.
+
+        Returns:
+            `indices` counted from the first level.
+
+        Raises:
+            ValueError: an index names no level.
+        """
+        taken = self._keep_levels(indices)
+        shorter = len(self.levels) < NUM_LEVELS
+        if prune_norm or shorter:
+            self.norm = nn.Identity()
+        if prune_head or shorter:
+            self.reset_classifier(0)
+        return taken
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
 
     def _final_norm(self, x: Tensor) -> Tensor:
         return self.norm(x)

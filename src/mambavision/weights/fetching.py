@@ -76,7 +76,7 @@ def _download(spec: WeightSpec, repo_id: str, names: tuple[str, ...]) -> Path:
             answer = f"the hub answered {type(error).__name__}, {str(error).splitlines()[0]}"
             raise CheckpointError(_unreachable(spec, answer)) from error
         else:
-            _say_license(spec)
+            say_license(spec)
             return path
     raise CheckpointError(_unreachable(spec, reason)) from cause
 
@@ -89,6 +89,7 @@ def _unreachable(spec: WeightSpec, reason: str) -> str:
 
 
 @functools.cache
-def _say_license(spec: WeightSpec) -> None:
+def say_license(spec: WeightSpec) -> None:
+    """Log the license of published weights, once a process."""
     # A warning, so that it is seen where logging is not set up.
     logger.warning("The weights of %s (%s) are licensed %s.", spec.variant, spec.url, spec.license)

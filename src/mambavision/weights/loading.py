@@ -60,7 +60,7 @@ def load_weights(
         given[FIRST_CONV] = convolution
         said.append(f"{FIRST_CONV} is adapted from {before} to {after} input channel{'s' if after > 1 else ''}.")
 
-    _check_fit(type(model).__name__, {name: own[name] for name in own if name not in kept}, given)
+    check_fit(type(model).__name__, {name: own[name] for name in own if name not in kept}, given)
     if empty := [name for name in kept if own[name].is_meta]:
         raise CheckpointError(f"{listed(empty)} would stay on the meta device without values; use another device.")
     if any(tensor.is_meta for tensor in own.values()):
@@ -132,7 +132,8 @@ def _adapted_first_conv(own: Mapping[str, torch.Tensor], given: Mapping[str, tor
     return adapt_first_conv(given[FIRST_CONV], wanted)
 
 
-def _check_fit(model: str, own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+def check_fit(model: str, own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor]) -> None:
+    """CheckpointError unless `given` has the names and shapes of `own`, the state dict of a `model`."""
     missing = [name for name in own if name not in given]
     unexpected = [name for name in given if name not in own]
     other = [

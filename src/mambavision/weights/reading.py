@@ -67,7 +67,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path} is neither a safetensors file nor a PyTorch archive: it starts with {start[:24]!r}."
         )
-    checkpoint.state_dict = _without_prefixes(checkpoint.state_dict)
+    checkpoint.state_dict = without_prefixes(checkpoint.state_dict)
     if checkpoint.config is None and path.name == HUB_MODEL and (path.parent / HUB_CONFIG).is_file():
         checkpoint.config = _read_hub_config(path.parent / HUB_CONFIG, checkpoint.state_dict)
     return checkpoint
@@ -111,6 +111,19 @@ def _read_archive(path: Path) -> Checkpoint:
     content = _unpickle(path)
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a state dict.")
+    return Checkpoint(
+        state_dict=weights_within(content, path=path),
+        extra={key: value for key, value in content.items() if isinstance(value, _PLAIN)},
+        path=path,
+    )
+
+
+def weights_within(content: Mapping[Any, Any], *, path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The state dict that a training script's checkpoint holds, or that `content` is.
+
+    Raises:
+        CheckpointError: naming `path`, when there are no tensors or not tensors alone.
+    """
     keys = [key for key in STATE_DICT_KEYS if isinstance(content.get(key), Mapping)]
     weights = content[keys[0]] if keys else content
     if len(keys) > 1:
@@ -120,11 +133,7 @@ def _read_archive(path: Path) -> Checkpoint:
     if foreign := [str(name) for name, value in weights.items() if not isinstance(value, torch.Tensor)]:
         where = f"under {keys[0]!r}" if keys else f"and none of the keys {', '.join(STATE_DICT_KEYS)}"
         raise CheckpointError(f"{path} holds entries that are not tensors {where}: {listed(foreign)}.")
-    return Checkpoint(
-        state_dict={str(name): value.detach() for name, value in weights.items()},
-        extra={key: value for key, value in content.items() if isinstance(value, _PLAIN)},
-        path=path,
-    )
+    return {str(name): value.detach() for name, value in weights.items()}
 
 
 def _unpickle(path: Path) -> Any:
@@ -155,11 +164,12 @@ def _check_sums(path: Path) -> None:
                 raise zipfile.BadZipFile(f"the checksum of {damaged} is wrong")
 
 
-def _without_prefixes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def without_prefixes(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors under the network's own names: what wrappers put before all of them is taken off."""
     for prefix in PREFIXES:
         if state_dict and all(name.startswith(prefix) for name in state_dict):
             # Prefixes nest in any order, so start over with what is left.
-            return _without_prefixes({name.removeprefix(prefix): value for name, value in state_dict.items()})
+            return without_prefixes({name.removeprefix(prefix): value for name, value in state_dict.items()})
     return state_dict
 
 

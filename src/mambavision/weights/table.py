@@ -30,6 +30,7 @@ class WeightSpec:
         top5: the same, counting the five likeliest classes.
         parameters: number of parameters.
         gmacs: multiply-adds of one picture at the variant's own resolution, in 1e9.
+        class_names: name of each output, or None for the classes of ImageNet-1K.
     """
 
     variant: str
@@ -41,6 +42,7 @@ class WeightSpec:
     top5: float | None
     parameters: int | None
     gmacs: float | None
+    class_names: tuple[str, ...] | None = None
 
     @property
     def url(self) -> str | None:
@@ -84,6 +86,7 @@ def _shipped(variant: str, trained_on: str) -> WeightSpec:
         top5=record.get("top5"),
         parameters=record.get("parameters"),
         gmacs=record.get("gmacs"),
+        class_names=tuple(record["per_class"]) if "per_class" in record else None,
     )
 
 
