@@ -20,7 +20,7 @@ ALLOWED = {
     "cli": {"__init__", "engine", "data.folder", "inference", "models", "weights"},
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images"},
-    "inference": {"factory", "models.classifier"},
+    "inference": {"factory", "layers", "models", "ops"},
     "factory": {"models", "weights"},
     "models": {"layers"},
     "layers": {"ops"},

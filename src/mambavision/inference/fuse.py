@@ -1,0 +1,203 @@
+"""Fold what is constant after training into its neighbours: the same function in fewer operations.
+
+Batch norms go into the convolutions before them, the final one into the head behind the pooling. Layer norms keep their
+normalisation and hand scale and shift to the linear layer behind them; layer scale goes into the one before it. A
+mixer's projections of the steps become one, and so do its two convolutions over tokens. Products are formed in float64,
+so that folding loses nothing that the weights' own type can hold.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambavision.layers.attention import Attention
+from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.mixer import MambaVisionMixer
+from mambavision.layers.stem import Stem
+from mambavision.layers.token_block import TokenBlock
+from mambavision.models.backbone import MambaVisionBackbone
+from mambavision.models.classifier import MambaVision
+from mambavision.ops import selective_scan
+
+Network = TypeVar("Network", bound=MambaVisionBackbone)
+
+
+def fuse(model: Network) -> Network:
+    """A copy of `model` for inference that computes the same with everything folded; `model` itself is left as it is.
+
+    The copy has the interface of `model` and is in evaluation mode. Its state dict is its own: save `model` instead.
+
+    Raises:
+        ValueError: the model is on the meta device and so has no weights to fold.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("A model on the meta device has no weights to fold; load them first.")
+    fused = copy.deepcopy(model).eval().requires_grad_(False)
+    for module in list(fused.modules()):
+        if isinstance(module, Stem):
+            _fuse_stem(module)
+        elif isinstance(module, ConvBlock):
+            _fuse_conv_block(module)
+        elif isinstance(module, TokenBlock):
+            _fuse_token_block(module)
+    if type(fused) is MambaVision:
+        # The same modules, and a forward pass that goes around the norm.
+        fused.__class__ = _FusedMambaVision  # type: ignore[assignment]
+        cast("_FusedMambaVision", fused).fold_head()
+    return fused
+
+
+class _FusedMambaVision(MambaVision):
+    """A classifier whose final norm is part of its head; `forward_features` still gives the map after the norm."""
+
+    def fold_head(self) -> None:
+        """Form the head for a pooled vector that has not passed the norm."""
+        head = copy.deepcopy(self.head)
+        if isinstance(self.norm, nn.BatchNorm2d) and isinstance(head, nn.Linear):
+            _scale_input(head, *_scale_and_shift(self.norm))
+            self._head_of_maps: nn.Module | None = head
+        else:
+            self._head_of_maps = None
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as in `MambaVision`
+        if self._head_of_maps is None:
+            return super().forward(x)
+        maps = self._level_maps(x, last=len(self.levels) - 1)
+        return self._head_of_maps(self._pool(maps[-1]))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        super().reset_classifier(num_classes)
+        self.fold_head()
+
+
+class FusedMixer(nn.Module):
+    """`MambaVisionMixer` in fewer operations, for inference; see there for what it computes."""
+
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+
+    def __init__(self, mixer: MambaVisionMixer) -> None:
+        super().__init__()
+        half, rank = mixer.D.shape[0], mixer.dt_rank
+        self.channels = half
+        self.d_state = mixer.d_state
+        self.scan_backend = mixer.scan_backend
+        self.in_proj = mixer.in_proj
+        self.out_proj = mixer.out_proj
+        convolutions = torch.cat([mixer.conv1d_x.weight, mixer.conv1d_z.weight])  # (dim, 1, kernel)
+        kernel = convolutions.shape[-1]
+        self.conv1d = nn.Conv1d(
+            2 * half, 2 * half, kernel, padding=kernel // 2, groups=2 * half, bias=False, device="meta"
+        )
+        self.conv1d.weight = _constant(convolutions, convolutions.dtype)
+        # The steps' low-rank projection multiplied out: steps, B and C come from one product.
+        low, states = mixer.x_proj.weight.double().split([rank, 2 * self.d_state])
+        weight = torch.cat([mixer.dt_proj.weight.double() @ low, states])  # (half + 2 N, half)
+        self.x_proj = nn.Linear(half, weight.shape[0], bias=False, device="meta")
+        self.x_proj.weight = _constant(weight, mixer.x_proj.weight.dtype)
+        scan = {"A": -mixer.A_log.double().exp(), "D": mixer.D, "dt_bias": 2 * mixer.dt_proj.bias.double()}
+        for name, tensor in scan.items():
+            wide = torch.promote_types(mixer.D.dtype, torch.float32)
+            self.register_buffer(name, tensor.detach().to(wide))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMixer:
+        exact = {name: getattr(self, name) for name in ("A", "D", "dt_bias")}
+        super()._apply(fn, recurse)
+        for name, tensor in exact.items():  # what the scan computes with stays float32 when the rest is cast to half
+            moved = getattr(self, name)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, tensor.to(moved.device))
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
+        u = F.silu(self.conv1d(self.in_proj(x).transpose(1, 2))).transpose(1, 2)
+        x, z = u.chunk(2, dim=-1)  # (windows, length, half) each
+        dt, B, C = self.x_proj(x).split([self.channels, self.d_state, self.d_state], dim=-1)
+        y = selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias, backend=self.scan_backend)
+        return self.out_proj(torch.cat([y, z], dim=-1))
+
+
+# Any, since modules are replaced by others.
+
+
+def _fuse_stem(stem: Any) -> None:
+    layers = stem.conv_down
+    for place in (0, 3):
+        _fold_norm(layers[place], layers[place + 1])
+        layers[place + 1] = nn.Identity()
+
+
+def _fuse_conv_block(block: Any) -> None:
+    _fold_norm(block.conv1, block.norm1)
+    _fold_norm(block.conv2, block.norm2)
+    block.norm1, block.norm2 = nn.Identity(), nn.Identity()
+    if block.gamma is not None:
+        _scale_output(block.conv2, block.gamma)
+        block.gamma = None
+
+
+def _fuse_token_block(block: Any) -> None:
+    mixer, mlp = block.mixer, block.mlp
+    if isinstance(mixer, FusedMixer):
+        return
+    first, last = (mixer.qkv, mixer.proj) if isinstance(mixer, Attention) else (mixer.in_proj, mixer.out_proj)
+    block.norm1 = _fold_layer_norm(block.norm1, first)
+    block.norm2 = _fold_layer_norm(block.norm2, mlp.fc1)
+    if block.gamma_1 is not None:
+        _scale_output(last, block.gamma_1)
+        _scale_output(mlp.fc2, block.gamma_2)
+        block.gamma_1 = block.gamma_2 = None
+    if isinstance(mixer, MambaVisionMixer):
+        block.mixer = FusedMixer(mixer)
+
+
+def _fold_norm(conv: nn.Conv2d, norm: nn.Module) -> None:
+    """Make `conv` give what `norm` makes of its output."""
+    if not isinstance(norm, nn.BatchNorm2d):
+        return
+    scale, shift = _scale_and_shift(norm)
+    _scale_output(conv, scale)
+    before = 0 if conv.bias is None else conv.bias.double()
+    conv.bias = _constant(before + shift, conv.weight.dtype)
+
+
+def _fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> nn.LayerNorm:
+    """The norm without scale and shift, which `linear` takes over."""
+    if not norm.elementwise_affine:
+        return norm
+    _scale_input(linear, norm.weight.double(), norm.bias.double())
+    return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+
+
+def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
+    """The norm as scale x + shift, in float64."""
+    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    return scale, norm.bias.double() - norm.running_mean.double() * scale
+
+
+def _scale_input(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
+    """Make `linear` of x what it was of scale x + shift."""
+    weight = linear.weight.double()
+    bias = weight @ shift if linear.bias is None else weight @ shift + linear.bias.double()
+    linear.weight = _constant(weight * scale, linear.weight.dtype)
+    linear.bias = _constant(bias, linear.weight.dtype)
+
+
+def _scale_output(layer: nn.Linear | nn.Conv2d, scale: Tensor) -> None:
+    """Make `layer` give scale times what it gave."""
+    scale = scale.double()
+    weight = layer.weight.double() * scale.reshape(-1, *[1] * (layer.weight.dim() - 1))
+    layer.weight = _constant(weight, layer.weight.dtype)
+    if layer.bias is not None:
+        layer.bias = _constant(layer.bias.double() * scale, layer.weight.dtype)
+
+
+def _constant(values: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(values.detach().to(dtype), requires_grad=False)
