@@ -17,9 +17,10 @@ ALLOWED = {
     "__init__": {"factory", "inference.predictor"},  # the public names, on first use
     "__main__": {"cli"},
     "integrations": {"factory", "models.classifier", "weights"},
-    "cli": {"__init__", "engine", "data.folder", "inference", "models", "weights"},
+    "cli": {"__init__", "engine", "data.folder", "inference", "measure", "models", "weights"},
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images"},
+    "measure": {"factory", "inference.fuse", "layers", "models", "weights.checkpoint"},
     "inference": {"factory", "layers", "models", "ops"},
     "factory": {"models", "weights"},
     "models": {"layers"},
@@ -32,7 +33,18 @@ ALLOWED = {
 # Package from elsewhere -> where it may be imported. Those of the first table are installed with ours, those of the
 # second by an extra.
 CORE = {
-    "torch": {"factory", "weights", "ops", "layers", "models", "inference", "data", "engine", "integrations"},
+    "torch": {
+        "factory",
+        "weights",
+        "ops",
+        "layers",
+        "models",
+        "inference",
+        "data",
+        "engine",
+        "integrations",
+        "measure",
+    },
     "numpy": {"inference", "data", "engine"},
     "torchvision": {"inference", "data"},
     "PIL": {"inference", "data"},
@@ -42,9 +54,9 @@ CORE = {
 }
 WITH_TORCH = {"triton": {"ops.selective_scan"}}  # PyTorch brings it where it runs
 EXTRA = {
-    "timm": {"data", "engine", "integrations.timm"},
+    "timm": {"data", "engine", "integrations.timm", "measure.subjects"},
     "torchmetrics": {"engine.evaluate"},
-    "matplotlib": {"engine.plots"},
+    "matplotlib": {"engine.plots", "measure.plots"},
     "torch.utils.tensorboard": {"engine.logs"},
     "jsonargparse": {"cli.train"},
 }

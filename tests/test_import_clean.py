@@ -26,6 +26,7 @@ NEEDED = {
     "mambavision.engine.evaluate": "torchmetrics",
     "mambavision.engine.logs": "tensorboard",
     "mambavision.engine.plots": "matplotlib",
+    "mambavision.measure.plots": "matplotlib",
     "mambavision.engine.step": "timm",
     "mambavision.engine.train": "timm",
     "mambavision.integrations.timm": "timm",

@@ -1,0 +1,184 @@
+"""`mambavision benchmark`: images a second, latency and memory of networks, in one run."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import importlib.util
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mambavision.cli.arguments import UsageError, image_size, positive
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mambavision.measure.subjects import Subject
+    from mambavision.measure.timing import Measurement
+
+SUMMARY = "Measure speed and memory of networks, ours and timm's."
+AUTO = "auto"
+TYPES = ("float32", "bfloat16", "float16")
+WAYS = ("eager", "compile", "fused", "fused-compile")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mambavision benchmark",
+        description="Time forward passes of networks with random weights. Compare what one run measured, not two runs.",
+        epilog="Every combination of models, ways, types and batch sizes is measured. "
+        "Exit code 1: some of them could not be, for lack of memory.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="variants of ours, or models of timm's")
+    parser.add_argument(
+        "--batch-size",
+        nargs="+",
+        type=_batch_size,
+        default=[1],
+        metavar="N",
+        help="pictures a pass, or auto for the size with the most images/s (default: 1)",
+    )
+    parser.add_argument("--way", nargs="+", choices=WAYS, default=["eager"], help="how to run it (default: eager)")
+    parser.add_argument("--dtype", nargs="+", choices=TYPES, default=["float32"], help="default: float32")
+    parser.add_argument(
+        "--img-size", type=image_size, metavar="SIZE", help="picture side, or HEIGHTxWIDTH (default: the model's own)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each measurement (default: 2)")
+    parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s over batch size (PNG, SVG or PDF)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 1 when something did not fit into memory."""
+    options = build_parser().parse_args(argv)
+    if not 0 < options.seconds < float("inf"):
+        raise UsageError(f"--seconds must be positive, got {options.seconds}.")
+    if options.plot is not None:
+        _check_plot(options.plot)
+
+    from rich.console import Console
+
+    from mambavision.inference.predictor import find_device
+    from mambavision.measure.subjects import prepare
+    from mambavision.measure.timing import describe_protocol
+
+    messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    device = find_device(options.device)
+    protocol = describe_protocol(device, options.seconds)
+    for name, value in protocol.items():
+        messages.print(f"{name}: {value}")
+    measured: list[Measurement] = []
+    failed = False
+    for model in options.models:
+        for way in options.way:
+            for dtype in options.dtype:
+                try:
+                    subject = prepare(model, way=way, dtype=dtype, device=device, img_size=options.img_size)
+                except ValueError as error:
+                    raise UsageError(str(error)) from error
+                size = f"{subject.parameters / 1e6:.1f} M parameters, {subject.macs / 1e9:.2f} GMACs"
+                messages.print(f"{model}, {way}, {dtype}: {size}")
+                found, problems = _measure_all(subject, options.batch_size, options.seconds, messages)
+                measured += found
+                failed = failed or bool(problems)
+                for problem in problems:
+                    messages.print(problem)
+    if measured:
+        {"table": _write_table, "json": _write_json, "csv": _write_csv}[options.format](measured, protocol)
+        if options.plot is not None:
+            from mambavision.measure.plots import plot_speeds
+
+            plot_speeds(measured, options.plot, title=protocol["device"])
+            messages.print(f"plot: {options.plot}")
+    return 1 if failed else 0
+
+
+def _measure_all(
+    subject: Subject, batch_sizes: Sequence[int | str], seconds: float, messages: Console
+) -> tuple[list[Measurement], list[str]]:
+    """The measurements, and a sentence for each that could not be made."""
+    from mambavision.measure.timing import OutOfMemoryError, measure, search_batch_size
+
+    found, problems = [], []
+    for batch_size in batch_sizes:
+        label = f"{subject.name}, {subject.way}, {subject.dtype}, batch {batch_size}"
+        with messages.status(label):
+            try:
+                if batch_size == AUTO:
+                    found.append(search_batch_size(subject, seconds=seconds))
+                else:
+                    found.append(measure(subject, int(batch_size), seconds=seconds))
+            except OutOfMemoryError as error:
+                problems.append(str(error))
+    return found, problems
+
+
+def _row(measurement: Measurement) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    row = asdict(measurement)
+    row["img_size"] = list(measurement.img_size)
+    return row
+
+
+def _write_table(measured: Sequence[Measurement], protocol: dict[str, str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=protocol["device"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("model", overflow="fold")
+    table.add_column("way", overflow="fold")
+    for column in ("px", "batch", "images/s", "ms", "p90", "MiB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for entry in measured:
+        height, width = entry.img_size
+        table.add_row(
+            entry.model,
+            f"{entry.way} {entry.dtype}",
+            f"{height}" if height == width else f"{height}x{width}",
+            f"{entry.batch_size}",
+            f"{entry.images_per_second:,.1f}" if entry.images_per_second < 100 else f"{entry.images_per_second:,.0f}",
+            f"{entry.median_ms:.2f}",
+            f"{entry.p90_ms:.2f}",
+            "-" if entry.peak_mib is None else f"{entry.peak_mib:,.0f}",
+        )
+    Console().print(table)
+
+
+def _write_json(measured: Sequence[Measurement], protocol: dict[str, str]) -> None:
+    json.dump({**protocol, "rows": [_row(entry) for entry in measured]}, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def _write_csv(measured: Sequence[Measurement], protocol: dict[str, str]) -> None:  # noqa: ARG001  (stderr has it)
+    rows = [{**_row(entry), "img_size": "x".join(map(str, entry.img_size))} for entry in measured]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    sys.stdout.write(text.getvalue())
+
+
+def _check_plot(path: Path) -> None:
+    """Find out before measuring what would spoil the plot after it."""
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot must end in .png, .svg or .pdf, got {path}.")
+    if not path.parent.is_dir():
+        raise UsageError(f"--plot: there is no folder {path.parent}.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("--plot needs matplotlib: pip install matplotlib.")
+
+
+def _batch_size(text: str) -> int | str:
+    return AUTO if text == AUTO else positive(text)
+
+
+_batch_size.__name__ = "batch size"

@@ -1,0 +1,87 @@
+"""`mambavision profile`: where a network spends its time."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from mambavision.cli.arguments import image_size, positive
+
+if TYPE_CHECKING:
+    from mambavision.measure.profiling import Share
+
+SUMMARY = "Show where a model spends its time: parts and operations."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mambavision profile",
+        description="Time the parts of a model in eager PyTorch, with random weights, and list what costs most.",
+        epilog="Each part is waited for, so what a GPU does side by side is counted one after the other.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a name that `mambavision models` lists")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="pictures a pass (default: 1)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
+    )
+    parser.add_argument(
+        "--img-size", type=image_size, metavar="SIZE", help="picture side, or HEIGHTxWIDTH (default: the model's own)"
+    )
+    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    parser.add_argument("--top", type=positive, default=15, metavar="K", help="operations listed (default: 15)")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    options = build_parser().parse_args(argv)
+
+    from mambavision.config import get_config
+
+    get_config(options.model)  # before torch is imported: a mistyped name answers at once
+
+    from mambavision.inference.predictor import find_device
+    from mambavision.measure.profiling import profile_operations, profile_parts
+    from mambavision.measure.subjects import prepare
+
+    device = find_device(options.device)
+    subject = prepare(options.model, way="eager", dtype=options.dtype, device=device, img_size=options.img_size)
+    pictures = subject.pictures(options.batch_size)
+    parts = profile_parts(subject.model, pictures)
+    operations = profile_operations(subject.model, pictures, top=options.top)
+    if options.format == "json":
+        record = {"model": options.model, "device": str(device), "dtype": options.dtype, "shape": list(pictures.shape)}
+        tables = {"parts": [asdict(row) for row in parts], "operations": [asdict(row) for row in operations]}
+        json.dump({**record, **tables}, sys.stdout, indent=2)
+        sys.stdout.write("\n")
+        return 0
+    height, width = subject.img_size
+    what = f"{options.model}, {options.batch_size} x {height} x {width} px, {options.dtype}, {device}"
+    _write_table(what, "part", parts)
+    _write_table("", "kernel" if device.type == "cuda" else "operation", operations)
+    return 0
+
+
+def _write_table(title: str, what: str, rows: Sequence[Share]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column(what, overflow="ellipsis", max_width=44, no_wrap=True)
+    for column in ("ms", "share", "calls"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column(no_wrap=True, width=16)
+    for row in rows:
+        bar = ProgressBar(total=1.0, completed=row.share, width=16)
+        table.add_row(row.name, f"{row.milliseconds:.3f}", f"{row.share:.1%}", f"{row.calls:g}", bar)
+    console = Console()
+    console.print(table)
+    console.print()

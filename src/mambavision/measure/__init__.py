@@ -1,0 +1,1 @@
+"""How fast networks are and where their time goes, on any device."""

@@ -1,0 +1,129 @@
+"""What is measured: a network of ours or of timm's, made ready in one of several ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mambavision.config import VARIANTS, UnknownVariantError, get_config
+from mambavision.factory import create_model
+from mambavision.inference.fuse import fuse
+from mambavision.models.backbone import MambaVisionBackbone
+from mambavision.models.complexity import count_complexity
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Way -> whether it folds the network (ours alone can be folded) and whether it compiles it.
+WAYS = {"eager": (False, False), "compile": (False, True), "fused": (True, False), "fused-compile": (True, True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A network that is ready to be timed.
+
+    Attributes:
+        name: of the network.
+        way: a key of `WAYS`.
+        dtype: of weights and pictures.
+        model: the network itself, folded where the way says so.
+        run: one forward pass, of pictures (batch, 3, height, width) in channels-last order; compiled where it says so.
+        parameters: number of parameters.
+        macs: multiply-adds of one picture, the scan's included.
+        img_size: height and width in pixels.
+        device: where it runs.
+    """
+
+    name: str
+    way: str
+    dtype: str
+    model: Any
+    run: Callable[[Tensor], Any]
+    parameters: int
+    macs: int
+    img_size: tuple[int, int]
+    device: torch.device
+
+    def pictures(self, batch_size: int) -> Tensor:
+        """Random pictures, since zeros can be faster."""
+        pictures = torch.randn(batch_size, 3, *self.img_size, device=self.device, dtype=TYPES[self.dtype])
+        return pictures.to(memory_format=torch.channels_last)
+
+
+def prepare(
+    name: str, *, way: str, dtype: str, device: torch.device, img_size: tuple[int, int] | None = None
+) -> Subject:
+    """Make `name` ready: random weights, channels-last, evaluation mode.
+
+    Args:
+        name: a variant of ours, or any model of timm's where that is installed.
+        way: a key of `WAYS`.
+        dtype: a key of `TYPES`.
+        device: where it runs.
+        img_size: height and width in pixels; None takes the network's own.
+
+    Raises:
+        UnknownVariantError: neither ours nor timm's.
+        ValueError: the way is for our networks alone, or the network does not take this size.
+    """
+    folded, compiled = WAYS[way]
+    if name in VARIANTS:
+        model: nn.Module = create_model(name, device=device).eval()
+        size = img_size or get_config(name).preprocessing.img_size
+    else:
+        if folded:
+            raise ValueError(f"{way} folds our own networks alone; time {name} by eager or compile.")
+        model, size = _from_timm(name, img_size)
+        model = model.to(device)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    macs = _macs(model, size)
+    if folded and isinstance(model, MambaVisionBackbone):
+        model = fuse(model)
+    model = model.to(dtype=TYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
+    run: Callable[[Tensor], Any] = model
+    if compiled:  # CUDA graphs where there are any: launches would hide what the kernels do
+        run = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+    return Subject(
+        name=name,
+        way=way,
+        dtype=dtype,
+        model=model,
+        run=run,
+        parameters=parameters,
+        macs=macs,
+        img_size=size,
+        device=device,
+    )
+
+
+def _from_timm(name: str, img_size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
+    try:
+        import timm
+    except ImportError:
+        get_config(name)  # says the nearest names
+        raise
+    if not timm.is_model(name):
+        try:
+            get_config(name)
+        except UnknownVariantError as error:
+            raise UnknownVariantError(f"{error} timm has no such model either.") from None
+    sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    try:
+        model: Any = timm.create_model(name, **sized)
+    except TypeError:  # a convolutional network takes any size and no argument for it
+        model = timm.create_model(name)
+    height, width = model.pretrained_cfg["input_size"][1:]
+    return model.eval(), img_size or (height, width)
+
+
+@torch.inference_mode()
+def _macs(model: nn.Module, size: tuple[int, int]) -> int:
+    if isinstance(model, MambaVisionBackbone):
+        return count_complexity(model, size).macs
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+    return counter.get_total_flops() // 2

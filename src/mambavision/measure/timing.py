@@ -1,0 +1,200 @@
+"""Throughput, latency and memory of one network, by a protocol that is the same for all."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mambavision.measure.subjects import Subject
+
+WARM_UP_PASSES = 5  # at least
+MIN_PASSES = 10
+LARGEST_BATCH = 4096
+WORTH_DOUBLING = 1.03  # a batch of twice the size must bring so much more images/s for the search to go on
+
+
+class OutOfMemoryError(ValueError):
+    """A batch that does not fit; the message says what to do."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What was measured of a network at one batch size.
+
+    Attributes:
+        model: its name.
+        way: how it was made ready; see `subjects.WAYS`.
+        dtype: type of weights and pictures.
+        img_size: height and width in pixels.
+        batch_size: pictures a pass.
+        images_per_second: batch size over the median time of a pass.
+        median_ms: median time of a pass, in milliseconds.
+        p90_ms: the time that nine of ten passes keep.
+        passes: how many were timed.
+        first_seconds: time of the first pass, compiling included.
+        peak_mib: most memory that PyTorch held on the device during a pass, in MiB; None on a CPU.
+        parameters: number of parameters.
+        macs: multiply-adds of one picture.
+    """
+
+    model: str
+    way: str
+    dtype: str
+    img_size: tuple[int, int]
+    batch_size: int
+    images_per_second: float
+    median_ms: float
+    p90_ms: float
+    passes: int
+    first_seconds: float
+    peak_mib: float | None
+    parameters: int
+    macs: int
+
+
+def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measurement:
+    """Time forward passes for at least `seconds` and `MIN_PASSES`, each waited for, after a warm-up of half of that.
+
+    Raises:
+        OutOfMemoryError: the batch does not fit.
+    """
+    cuda = subject.device.type == "cuda"
+    try:
+        with torch.inference_mode():
+            pictures = subject.pictures(batch_size)
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(subject.device)
+            start = time.perf_counter()
+            subject.run(pictures)
+            _wait(subject.device)
+            first = time.perf_counter() - start
+            for _ in _passes(seconds / 2, WARM_UP_PASSES):
+                subject.run(pictures)
+                _wait(subject.device)
+            times = []
+            timed = _time_on_cuda if cuda else _time_on_host
+            for _ in _passes(seconds, MIN_PASSES):
+                times.append(timed(subject, lambda: subject.run(pictures)))
+            peak = torch.cuda.max_memory_allocated(subject.device) / 2**20 if cuda else None
+    except torch.OutOfMemoryError as error:
+        if cuda:
+            torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            f"{subject.name} ({subject.way}, {subject.dtype}) does not fit on {subject.device} with {batch_size} "
+            "pictures at once; give a smaller --batch-size, or auto to have one found."
+        ) from error
+    median = statistics.median(times)
+    return Measurement(
+        model=subject.name,
+        way=subject.way,
+        dtype=subject.dtype,
+        img_size=subject.img_size,
+        batch_size=batch_size,
+        images_per_second=batch_size / median,
+        median_ms=1e3 * median,
+        p90_ms=1e3 * statistics.quantiles(times, n=10)[-1],
+        passes=len(times),
+        first_seconds=first,
+        peak_mib=peak,
+        parameters=subject.parameters,
+        macs=subject.macs,
+    )
+
+
+def search_batch_size(
+    subject: Subject, *, seconds: float = 2.0, report: Callable[[Measurement], None] = lambda _: None
+) -> Measurement:
+    """The measurement of the batch size, doubled from 1, that gives the most images a second.
+
+    It ends where doubling brings less than 3 %, at 4096 pictures, or where memory does.
+
+    Args:
+        subject: what is measured.
+        seconds: as for `measure`.
+        report: called with every measurement on the way.
+
+    Raises:
+        OutOfMemoryError: not even one picture fits.
+    """
+    best = measure(subject, 1, seconds=seconds)
+    report(best)
+    while best.batch_size < LARGEST_BATCH:
+        try:
+            found = measure(subject, 2 * best.batch_size, seconds=seconds)
+        except OutOfMemoryError:
+            break
+        report(found)
+        if found.images_per_second < WORTH_DOUBLING * best.images_per_second:
+            return max(best, found, key=lambda measurement: measurement.images_per_second)
+        best = found
+    return best
+
+
+def describe_protocol(device: torch.device, seconds: float) -> dict[str, str]:
+    """What a reader must know to compare: how it was timed, where, and with which versions."""
+    described = {
+        "protocol": f"random weights and pictures, channels-last; warm-up {seconds / 2:g} s, then passes for "
+        f"{seconds:g} s ({MIN_PASSES} at least), each waited for; median and 90th percentile",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if device.type == "cuda":
+        described |= {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        described |= {"clocks": _gpu_clocks()}
+    elif device.type == "cpu":
+        described["device"] = f"{_processor()}, {torch.get_num_threads()} threads"
+    else:
+        described["device"] = str(device)
+    return described
+
+
+def _passes(seconds: float, least: int) -> Iterator[None]:
+    end, count = time.perf_counter() + seconds, 0
+    while count < least or time.perf_counter() < end:
+        yield
+        count += 1
+
+
+def _time_on_host(subject: Subject, run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    _wait(subject.device)
+    return time.perf_counter() - start
+
+
+def _time_on_cuda(subject: Subject, run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    _wait(subject.device)
+    return start.elapsed_time(end) / 1e3
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def _gpu_clocks() -> str:
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return "unknown"
+    answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    return f"{answer[0]} (SM now, SM at most, memory)" if answer else "unknown"
+
+
+def _processor() -> str:
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())

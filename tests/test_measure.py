@@ -1,0 +1,187 @@
+"""`mambavision benchmark` and `profile`: what they count, time, print and say when something is wrong."""
+
+import csv
+import dataclasses
+import io
+import json
+import time
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from mambavision import create_model
+from mambavision.cli import main
+from mambavision.layers.mixer import MambaVisionMixer
+from mambavision.measure import timing
+from mambavision.measure.profiling import REST, profile_operations, profile_parts
+from mambavision.measure.subjects import Subject, prepare
+from mambavision.measure.timing import OutOfMemoryError, measure, search_batch_size
+from mambavision.models.complexity import count_complexity
+
+CPU = torch.device("cpu")
+TINY = "mamba_vision_test_tiny"
+QUICK = ["--seconds=0.01", "--device=cpu"]
+
+
+def subject(run, **changes):
+    """Something to be timed that takes the time of `run`."""
+    fields = {"name": "fake", "way": "eager", "dtype": "float32", "model": None, "parameters": 1, "macs": 2}
+    return Subject(**{**fields, "run": run, "img_size": (2, 2), "device": CPU, **changes})
+
+
+def test_times_are_those_that_passed():
+    naps = iter([0.0] * 6 + [0.01] * 9 + [0.05] * 2 + [0.01] * 1000)
+    found = measure(subject(lambda _: time.sleep(next(naps))), 4, seconds=1e-9)
+    assert found.passes == 10
+    assert 10 <= found.median_ms < 30
+    assert found.p90_ms > found.median_ms
+    assert found.images_per_second == pytest.approx(4 / (found.median_ms / 1e3))
+    assert found.peak_mib is None
+
+
+def test_a_batch_that_does_not_fit_is_one_sentence(capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(OutOfMemoryError, match="fake .* does not fit on cpu with 7 pictures.*--batch-size"):
+        measure(subject(full), 7)
+    monkeypatch.setattr("mambavision.measure.subjects.Subject.pictures", full)
+    assert main(["benchmark", TINY, *QUICK]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "does not fit" in captured.err
+
+
+def test_the_search_ends_where_doubling_brings_little_or_memory_ends(monkeypatch):
+    def speeds(**by_batch):
+        def fake(subject, batch_size, *, seconds):
+            if f"b{batch_size}" not in by_batch:
+                raise OutOfMemoryError("full")
+            real = measure(subject, 1, seconds=1e-9)
+            return dataclasses.replace(real, batch_size=batch_size, images_per_second=by_batch[f"b{batch_size}"])
+
+        return fake
+
+    nothing = subject(lambda _: None)
+    for by_batch, best in (
+        ({"b1": 10, "b2": 19, "b4": 30, "b8": 30.5, "b16": 99}, 8),
+        ({"b1": 10, "b2": 19, "b4": 12}, 2),
+        ({"b1": 10, "b2": 19}, 2),
+    ):
+        monkeypatch.setattr(timing, "measure", speeds(**by_batch))
+        seen = []
+        assert search_batch_size(nothing, report=seen.append).batch_size == best
+        assert [entry.batch_size for entry in seen][0] == 1
+    monkeypatch.setattr(timing, "measure", speeds())
+    with pytest.raises(OutOfMemoryError):
+        search_batch_size(nothing)
+
+
+@pytest.mark.parametrize("way", ["eager", "fused"])
+def test_every_way_gives_the_same_network(way):
+    ready = prepare(TINY, way=way, dtype="float32", device=CPU, img_size=(40, 48))
+    assert ready.pictures(3).shape == (3, 3, 40, 48)
+    assert ready.macs == count_complexity(create_model(TINY, device="meta"), (40, 48)).macs
+    assert ready.parameters == sum(parameter.numel() for parameter in create_model(TINY).parameters())
+    assert ready.run(ready.pictures(2)).shape == (2, 10)
+
+
+def test_models_of_timm_are_counted_and_run():
+    ready = prepare("resnet18", way="eager", dtype="bfloat16", device=CPU, img_size=(64, 64))
+    assert ready.parameters == 11_689_512
+    assert 0.95 < ready.macs / (1.814e9 * (64 / 224) ** 2) < 1.1
+    assert ready.run(ready.pictures(1)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("form", ["table", "json", "csv"])
+def test_results_in_every_form(form, capsys):
+    arguments = ["--batch-size", "1", "2", "--way", "eager", "fused", "--img-size=32", f"--format={form}"]
+    assert main(["benchmark", TINY, *arguments, *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert "warm-up" in captured.err
+    assert torch.__version__ in captured.err
+    if form == "json":
+        report = json.loads(captured.out)
+        assert [(row["way"], row["batch_size"]) for row in report["rows"]] == [
+            ("eager", 1),
+            ("eager", 2),
+            ("fused", 1),
+            ("fused", 2),
+        ]
+        assert report["rows"][0]["img_size"] == [32, 32]
+        assert report["torch"] == torch.__version__
+    elif form == "csv":
+        rows = list(csv.DictReader(io.StringIO(captured.out)))
+        assert len(rows) == 4
+        assert float(rows[0]["images_per_second"]) > 0
+    else:
+        assert captured.out.count("eager float32") == 2
+        assert max(map(len, captured.out.splitlines())) <= 80
+
+
+def test_the_plot_is_a_picture(tmp_path, capsys):
+    assert main(["benchmark", TINY, "--batch-size", "1", "2", f"--plot={tmp_path / 'speed.png'}", *QUICK]) == 0
+    with Image.open(tmp_path / "speed.png") as picture:
+        assert min(picture.size) > 300
+    assert "speed.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["mamba_vision_tt"], "mamba_vision_T"),
+        (["no_such_net"], "timm has no such model either"),
+        (["resnet18", "--way=fused"], "our own networks alone"),
+        ([TINY, "--plot=speed.doc"], ".png"),
+        ([TINY, "--plot=nowhere/speed.png"], "no folder nowhere"),
+        ([TINY, "--seconds=0"], "--seconds must be positive"),
+        ([TINY, "--batch-size=0"], "at least 1"),
+        ([TINY, "--device=abacus"], "abacus"),
+    ],
+)
+def test_wrong_use_is_said(arguments, message, capsys):
+    assert main(["benchmark", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_parts_add_up_and_the_slow_one_comes_first(monkeypatch):
+    model = create_model(TINY, img_size=32).eval()
+    forward = MambaVisionMixer.forward
+
+    def slow(self, x):
+        time.sleep(0.02)
+        return forward(self, x)
+
+    monkeypatch.setattr(MambaVisionMixer, "forward", slow)
+    parts = profile_parts(model, torch.randn(1, 3, 32, 32), passes=3)
+    assert parts[0].name == "scan mixers"
+    assert parts[0].milliseconds >= 40
+    assert parts[0].calls == 2
+    assert {part.name for part in parts} >= {"stem", "attention", "MLPs", REST}
+    assert sum(part.share for part in parts) == pytest.approx(1)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_operations_are_those_that_ran():
+    shares = profile_operations(nn.Conv2d(3, 64, 3), torch.randn(1, 3, 64, 64), top=3)
+    assert len(shares) == 3
+    assert "conv" in shares[0].name
+    assert shares[0].milliseconds >= shares[-1].milliseconds
+
+
+@pytest.mark.parametrize("form", ["table", "json"])
+def test_profile_prints_parts_and_operations(form, capsys):
+    assert main(["profile", TINY, "--top=4", "--device=cpu", f"--format={form}"]) == 0
+    text = capsys.readouterr().out
+    if form == "json":
+        report = json.loads(text)
+        assert len(report["operations"]) == 4
+        assert report["shape"] == [1, 3, 64, 64]
+    else:
+        assert "scan mixers" in text
+        assert "aten::" in text
+    assert main(["profile", "mamba_vision_tt"]) == 2
