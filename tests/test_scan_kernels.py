@@ -173,3 +173,60 @@ def test_kernels_compile_for_a_gpu():
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(done.stdout.splitlines()) == 17
+
+
+# --- what only a GPU shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(64, 196, 160), (64, 49, 320), (8, 196, 392), (4, 1024, 160), (1, 12544, 160)], ids=str
+)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_sizes_of_the_networks(shape, dtype, poisoned):
+    tensors = inputs(*shape, 8, dtype, strided=True)
+    check(tensors, torch.randn(shape, device=DEVICE).to(dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [49, 1024])
+def test_the_operators_are_registered_as_torch_asks(length):
+    tensors = inputs(2, length, 64, 8)
+    torch.library.opcheck(triton_op.scan, tensors)
+    torch.library.opcheck(triton_op.scan_for_training, [tensor.requires_grad_() for tensor in tensors])
+
+
+@pytest.mark.gpu
+def test_compiled_values_and_gradients_are_those_of_eager():
+    tensors = inputs(4, 49, 64, 8, torch.bfloat16)
+    grad_y = torch.randn(4, 49, 64, device=DEVICE, dtype=torch.bfloat16)
+    compiled = torch.compile(selective_scan_triton, fullgraph=True)
+    for actual, expected in zip(
+        gradients(compiled, tensors, grad_y), gradients(selective_scan_triton, tensors, grad_y), strict=True
+    ):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_a_cuda_graph_replays_it():
+    tensors = inputs(4, 196, 64, 8, torch.float16)
+    with torch.inference_mode():
+        selective_scan_triton(*tensors)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = selective_scan_triton(*tensors)
+        tensors[0].mul_(0.5)
+        graph.replay()
+        torch.testing.assert_close(y, selective_scan_triton(*tensors), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_memory_stays_linear_in_the_length():
+    def peak(length):
+        tensors = [tensor.requires_grad_() for tensor in inputs(4, length, 256, 8, torch.bfloat16)]
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        selective_scan_triton(*tensors).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak(4096) < 4.5 * peak(1024)
