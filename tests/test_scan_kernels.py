@@ -15,6 +15,7 @@ from mambavision.ops.selective_scan.reference import selective_scan_reference  #
 from mambavision.ops.selective_scan.triton_op import Cut, cut, selective_scan_triton  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
