@@ -15,19 +15,29 @@ _TRAINING_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(head_dim)) V through PyTorch's fused kernels; dropout of the weights in training only."""
+    """softmax(Q K^T / sqrt(head_dim)) V; dropout of the weights in training only.
+
+    Attributes:
+        fused_attn: use PyTorch's fused kernels, which never form the weights. With False the weights (windows, heads,
+            length, length) are formed and pass through `attn_drop`, where a forward hook sees them; timm's names.
+    """
 
     def __init__(self, dim: int, *, num_heads: int, attn_drop: float = 0.0, **factory: Any) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attn_drop = attn_drop
+        self.fused_attn = True
         self.qkv = nn.Linear(dim, 3 * dim, **factory)
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         windows, length, dim = x.shape
         qkv = self.qkv(x).reshape(windows, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, length, head_dim) each
-        with sdpa_kernel(_TRAINING_BACKENDS) if x.is_cuda and torch.is_grad_enabled() else nullcontext():
-            x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        if self.fused_attn:
+            with sdpa_kernel(_TRAINING_BACKENDS) if x.is_cuda and torch.is_grad_enabled() else nullcontext():
+                x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (windows, heads, length, length)
+            x = self.attn_drop(scores.softmax(-1)) @ v
         return self.proj(x.transpose(1, 2).reshape(windows, length, dim))

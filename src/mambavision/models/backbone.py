@@ -121,9 +121,7 @@ class MambaVisionBackbone(nn.Module):
         """Linear weights from a truncated normal (0.02), biases 0, the scan's own start; the rest as PyTorch does."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_linear(module)
         for module in self.modules():
             if isinstance(module, MambaVisionMixer):
                 module.init_scan_parameters()
@@ -168,6 +166,18 @@ class MambaVisionBackbone(nn.Module):
         intermediates = [final if norm and level == end else maps[level] for level in taken]
         return intermediates if intermediates_only else (final, intermediates)
 
+    def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
+        """The stem's output, then the maps of the levels up to `last`, without the final norm."""
+        self._check_input(x)
+        x = self.patch_embed(x)
+        stages = [x]
+        for index, level in enumerate(self.levels):
+            stages.append(level(x))
+            if index == last:
+                break
+            x = level.downsample(stages[-1])  # type: ignore[operator]  # ModuleList forgets its type
+        return stages
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward instead of keeping them: less memory, more time."""
         for level in self.levels:
@@ -202,15 +212,7 @@ class MambaVisionBackbone(nn.Module):
 
     def _level_maps(self, x: Tensor, *, last: int) -> list[Tensor]:
         """Maps of the levels up to `last`."""
-        self._check_input(x)
-        x = self.patch_embed(x)
-        maps: list[Tensor] = []
-        for index, level in enumerate(self.levels):
-            maps.append(level(x))
-            if index == last:
-                break
-            x = level.downsample(maps[-1])  # type: ignore[operator]  # the same
-        return maps
+        return self.forward_stages(x, last=last)[1:]
 
     def _check_input(self, x: Tensor) -> None:
         channels = self.config.in_chans
@@ -227,6 +229,13 @@ class MambaVisionBackbone(nn.Module):
             return
         if torch.float64 in (x.dtype, weight.dtype) or not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"Pictures are {x.dtype} but the weights {weight.dtype}; cast one, or run under autocast.")
+
+
+def init_linear(linear: nn.Linear) -> None:
+    """Weights from a truncated normal of standard deviation 0.02, biases 0."""
+    nn.init.trunc_normal_(linear.weight, std=0.02)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
 
 
 def _build_level(config: MambaVisionConfig, level: int, rates: list[float], factory: dict[str, Any]) -> Level:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.config import NUM_LEVELS, MambaVisionConfig
-from mambavision.models.backbone import MambaVisionBackbone
+from mambavision.models.backbone import MambaVisionBackbone, init_linear
 
 
 class MambaVision(MambaVisionBackbone):
@@ -107,6 +107,5 @@ def _head(features: int, classes: int, *, device: torch.device | str | None, dty
     if classes == 0:
         return nn.Identity()
     head = nn.Linear(features, classes, device=device, dtype=dtype)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
+    init_linear(head)
     return head

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from mambavision.config import MambaVisionConfig, Preprocessing
+from mambavision.config import MambaVisionConfig
 from mambavision.weights.checkpoint import HEADER_KEY, Checkpoint, CheckpointError, listed
+from mambavision.weights.hub_config import MODEL_TYPE, network_config
 
 logger = logging.getLogger(__name__)
 
@@ -177,21 +178,16 @@ def _read_hub_config(path: Path, state_dict: dict[str, torch.Tensor]) -> MambaVi
     """Configuration from a Hugging Face `config.json`; None when it describes another architecture."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        if fields.get("model_type") != "mambavision":
+        if fields.get("model_type") != MODEL_TYPE:
             return None
-        side = fields["window_size"][2] * 16  # the windows of level 2 cover the whole map, 16 px a cell
-        preprocessing = {key: fields[key] for key in ("mean", "std", "crop_pct", "crop_mode") if key in fields}
-        optional = ("mlp_ratio", "drop_path_rate", "layer_scale", "layer_scale_conv")
         # The tensors tell the outputs and inputs; a label list of another length belongs to another head.
         outputs = len(state_dict[HEAD]) if HEAD in state_dict else 0
         labels = {int(index): str(label) for index, label in fields.get("id2label", {}).items()}
-        return MambaVisionConfig(
-            **{key: fields[key] for key in ("dim", "in_dim", "depths", "num_heads", "window_size")},
-            **{key: fields[key] for key in optional if key in fields},
+        return network_config(
+            fields,
             num_classes=outputs,
             in_chans=state_dict[FIRST_CONV].shape[1],
-            class_names=tuple(labels[index] for index in range(outputs)) if len(labels) == outputs > 0 else None,
-            preprocessing=Preprocessing(img_size=(side, side), **preprocessing),
+            class_names=[labels[index] for index in range(outputs)] if len(labels) == outputs > 0 else None,
         )
     except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a MambaVision network: {_reason(error)}.") from error
