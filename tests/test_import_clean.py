@@ -29,6 +29,11 @@ NEEDED = {
     "mambavision.measure.plots": "matplotlib",
     "mambavision.engine.step": "timm",
     "mambavision.engine.train": "timm",
+    "mambavision.integrations.huggingface": "transformers",
+    "mambavision.integrations.huggingface.auto_classes": "transformers",
+    "mambavision.integrations.huggingface.configuration": "transformers",
+    "mambavision.integrations.huggingface.image_processing": "transformers",
+    "mambavision.integrations.huggingface.modeling": "transformers",
     "mambavision.integrations.timm": "timm",
 }
 

@@ -420,6 +420,21 @@ def test_attention_equals_its_definition():
     torch.testing.assert_close(attention(x), attention.proj((weights @ v).transpose(1, 2).reshape(2, 5, 12)))
 
 
+def test_attention_without_fused_kernels_shows_its_weights():
+    attention = Attention(12, num_heads=3).double()
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    q, k, _ = (part.reshape(2, 5, 3, 4).transpose(1, 2) for part in attention.qkv(x).chunk(3, dim=-1))
+    fused = attention(x)
+    attention.fused_attn = False
+    seen = []
+    attention.attn_drop.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    torch.testing.assert_close(attention(x), fused)
+    torch.testing.assert_close(seen[0], torch.softmax(q @ k.transpose(-1, -2) / 2.0, dim=-1))
+    attention.attn_drop.p = 0.5
+    assert not torch.equal(attention.train()(x), attention(x))
+    assert torch.equal(attention.eval()(x), attention(x))
+
+
 def test_drop_path_drops_whole_samples_and_keeps_the_mean():
     from mambavision.layers.drop_path import DropPath
 

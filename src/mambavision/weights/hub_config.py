@@ -1,7 +1,7 @@
 """The `config.json` of Hugging Face repositories: which of its fields say what about a network.
 
-The public repositories have the architecture, the preprocessing and the labels; what they leave out because no published
-network differs in it (the stem's strides, the picture's size, ...) is written beside it under our own names.
+The public repositories have the architecture, the preprocessing and the labels; what they leave out because no
+published network differs in it (the stem's strides, the picture's size, ...) is written beside it, named as ours is.
 """
 
 from __future__ import annotations

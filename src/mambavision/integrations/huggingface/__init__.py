@@ -1,16 +1,17 @@
 """MambaVision for Hugging Face transformers, 5 and 4.57: importing this registers it with the Auto classes.
 
-    import mambavision.integrations.huggingface
-    from transformers import AutoModelForImageClassification
+import mambavision.integrations.huggingface
+from transformers import AutoModelForImageClassification
 
-    model = AutoModelForImageClassification.from_pretrained("nvidia/MambaVision-T-1K")
+model = AutoModelForImageClassification.from_pretrained("nvidia/MambaVision-T-1K")
 """
 
 try:
     import transformers  # noqa: F401  (asked for here, so that its absence is one sentence)
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        'transformers is not installed; run pip install "transformers>=4.57", or install mambavision[huggingface].'
+        'transformers is not installed; run pip install "transformers>=4.57", or install mambavision[huggingface].',
+        name="transformers",
     ) from error
 
 from mambavision.integrations.huggingface.auto_classes import register

@@ -124,7 +124,10 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
     @classmethod
     def from_network_config(cls, config: NetworkConfig, **kwargs: Any) -> MambaVisionConfig:
         """The same network, preprocessing and labels in transformers' terms; `kwargs` as for the constructor."""
-        return cls(**{**hub_fields(config), **kwargs})
+        fields = hub_fields(config)
+        if kwargs.get("num_labels", config.num_classes) != config.num_classes:
+            del fields["id2label"], fields["label2id"]
+        return cls(**{**fields, **kwargs})
 
     def network_config(self, *, num_classes: int = 0) -> NetworkConfig:
         """The same network in our own terms.

@@ -1,8 +1,8 @@
 """Image processors: the evaluation transform in transformers' terms, by Pillow and by torchvision.
 
 Pillow's gives the pixels that the published accuracies were measured with; torchvision's is faster, runs on a GPU too,
-and differs by the rounding of its resizing. transformers 5 calls them backends and prefers torchvision's, 4 calls them
-slow and fast and prefers Pillow's; the plain name `MambaVisionImageProcessor` is the preferred one.
+and rounds otherwise when it resizes: by up to two of 255 grey levels. transformers 5 calls them backends and prefers
+torchvision's, 4 calls them slow and fast and prefers Pillow's; `MambaVisionImageProcessor` is the preferred one.
 """
 
 from __future__ import annotations

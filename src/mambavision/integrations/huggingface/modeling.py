@@ -107,7 +107,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
             for gamma in own:
                 gamma.fill_(self.config.layer_scale_conv if convolutional else self.config.layer_scale)
         else:
-            module.reset_parameters()  # convolutions and norms start as PyTorch's do
+            module.reset_parameters()  # type: ignore[operator]  # convolutions and norms start as PyTorch's do
         for tensor, value in kept:
             tensor.copy_(value)
 
@@ -159,6 +159,7 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
 class MambaVisionModel(MambaVisionPreTrainedModel):
     """Picture in, pooled vector and feature maps out."""
 
+    model: MambaVision
     _keys_to_ignore_on_load_unexpected = [r"^model\.head\."]
 
     def __init__(self, config: MambaVisionConfig) -> None:
@@ -196,6 +197,8 @@ class MambaVisionModel(MambaVisionPreTrainedModel):
 
 class MambaVisionForImageClassification(MambaVisionPreTrainedModel):
     """Picture in, logits out; with labels the loss of the configuration's `problem_type` too."""
+
+    model: MambaVision
 
     def __init__(self, config: MambaVisionConfig) -> None:
         super().__init__(config)
