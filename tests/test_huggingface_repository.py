@@ -22,7 +22,7 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
-from huggingface_models import REMOTE_CLASSES, pictures, remote_repository, tiny_config, tiny_network
+from huggingface_models import pictures, tiny_config, tiny_network
 from mambavision import create_model
 from mambavision.config import VARIANTS
 from mambavision.inference.images import SAMPLES
@@ -35,7 +35,7 @@ from mambavision.integrations.huggingface import (
 )
 from mambavision.weights import WEIGHTS
 from mambavision.weights.hub_config import hub_fields
-from weight_files import hub_cache
+from weight_files import REMOTE_CLASSES, hub_cache, remote_repository, use_hub_cache
 
 TRUST = pytest.mark.parametrize("trust", [{}, {"trust_remote_code": True}, {"trust_remote_code": False}], ids=str)
 
@@ -128,10 +128,7 @@ def tiny_variant():
 @pytest.fixture
 def cached_repository(tiny_variant, tmp_path, monkeypatch):
     """nvidia/MambaVision-T-1K with weights of our own, in the hub's cache."""
-    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
-        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
-            monkeypatch.setattr(f"{module}.{name}", str(tmp_path / "cache"), raising=False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    use_hub_cache(monkeypatch, tmp_path / "cache")
     repository = remote_repository(tmp_path / "repository", tiny_variant)
     hub_cache(tmp_path / "cache", "nvidia/MambaVision-T-1K", repository)
     monkeypatch.chdir(tmp_path)

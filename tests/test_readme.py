@@ -16,6 +16,7 @@ from mambavision.cli.arguments import UsageError
 from mambavision.cli.train import parse as parse_training
 from mambavision.inference.images import SAMPLES
 from mambavision.weights import WEIGHTS, read_checkpoint, save_checkpoint
+from weight_files import hub_cache, remote_repository, use_hub_cache
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -71,6 +72,14 @@ def weights(tmp_path_factory):
     return fetch
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The hub's cache with a public repository of random weights."""
+    folder = tmp_path_factory.mktemp("hub")
+    repository = remote_repository(folder / "repository", create_model("mamba_vision_T"))
+    return hub_cache(folder / "cache", "nvidia/MambaVision-T-1K", repository)
+
+
 def printed_values(code):
     """What comments say is printed: beside a print, or in the line below it."""
     lines = code.splitlines()
@@ -84,7 +93,11 @@ def printed_values(code):
 
 
 @pytest.mark.parametrize("code", examples("python"))
-def test_a_python_example_runs_and_prints_what_it_says(code, weights, tmp_path, monkeypatch, capsys):
+def test_a_python_example_runs_and_prints_what_it_says(code, request, weights, tmp_path, monkeypatch, capsys):
+    if "integrations.huggingface" in code:
+        pytest.importorskip("transformers")
+        pytest.importorskip("accelerate")
+        use_hub_cache(monkeypatch, request.getfixturevalue("hub"))
     monkeypatch.setattr("mambavision.factory.fetch_weights", weights)
     variants = {spec.repo_id: spec.variant for spec in WEIGHTS.values()}
     monkeypatch.setattr(

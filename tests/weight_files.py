@@ -13,11 +13,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from mambavision.config import MambaVisionConfig
+from mambavision.models.classifier import MambaVision
 
+# What the public repositories ask transformers to run: their own code.
+REMOTE_CLASSES = {
+    "AutoConfig": "configuration_mambavision.MambaVisionConfig",
+    "AutoModel": "modeling_mambavision.MambaVisionModel",
+    "AutoModelForImageClassification": "modeling_mambavision.MambaVisionModelForImageClassification",
+}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -42,7 +50,7 @@ def public_config(config: MambaVisionConfig, **changes: Any) -> dict[str, Any]:
     shape = {key: getattr(config, key) for key in ("dim", "in_dim", "depths", "num_heads", "window_size", "mlp_ratio")}
     rates = {key: getattr(config, key) for key in ("drop_path_rate", "layer_scale", "layer_scale_conv")}
     seen = {key: getattr(config.preprocessing, key) for key in ("mean", "std", "crop_pct", "crop_mode")}
-    remote_code = {"auto_map": {"AutoModel": "modeling_mambavision.MambaVisionModel"}}
+    remote_code = {"auto_map": REMOTE_CLASSES}
     labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     return {"model_type": "mambavision", **shape, **rates, **seen, **labels, **remote_code, **changes}
 
@@ -54,6 +62,22 @@ def public_repository(folder: Path, state_dict: Mapping[str, torch.Tensor], conf
     save_file(prefixed, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
+
+
+def remote_repository(folder: Path, network: MambaVision, **changes: Any) -> Path:
+    """A repository as the public ones are: code of its own, that must not run, and no `preprocessor_config.json`."""
+    public_repository(folder, network.state_dict(), public_config(network.config, torch_dtype="float32", **changes))
+    for place in set(REMOTE_CLASSES.values()):
+        (folder / f"{place.split('.')[0]}.py").write_text("raise AssertionError('remote code was run')\n")
+    return folder
+
+
+def use_hub_cache(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """Make transformers and the hub's library look into `cache`, and nowhere else."""
+    for module in ("huggingface_hub.constants", "transformers.utils.hub"):
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+            monkeypatch.setattr(f"{module}.{name}", str(cache), raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 def hub_cache(cache: Path, repo_id: str, files: Path) -> Path:
