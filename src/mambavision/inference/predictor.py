@@ -1,9 +1,11 @@
 """`Predictor`: a network with its own preprocessing and labels, over any number of pictures.
 
-from mambavision import Predictor
+    from mambavision import Predictor
 
-for prediction in Predictor()(["cat.jpg"]):
-print(prediction)
+    for prediction in Predictor()(["cat.jpg"]):
+        print(prediction)
+
+A picture that cannot be read becomes a prediction with an error; the others are done.
 """
 
 from __future__ import annotations

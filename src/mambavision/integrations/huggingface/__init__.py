@@ -1,9 +1,11 @@
 """MambaVision for Hugging Face transformers, 5 and 4.57: importing this registers it with the Auto classes.
 
-import mambavision.integrations.huggingface
-from transformers import AutoModelForImageClassification
+    import mambavision.integrations.huggingface
+    from transformers import AutoModelForImageClassification
 
-model = AutoModelForImageClassification.from_pretrained("nvidia/MambaVision-T-1K")
+    model = AutoModelForImageClassification.from_pretrained("nvidia/MambaVision-T-1K")
+
+No code of a repository is run.
 """
 
 try:
