@@ -143,7 +143,7 @@ from triton.compiler import ASTSource
 from mambavision.ops.selective_scan import kernels
 
 FLOAT32 = {"A", "D", "dt_bias", "starts", "saved", "ends", "sums", "entering"}
-FLOAT32 |= {"grad_A", "grad_B", "grad_C", "grad_D", "grad_bias"}
+FLOAT32 |= {"grad_A", "grad_BC", "grad_D", "grad_bias"}
 DATA = {"x", "dt", "B", "C", "y", "grad_y", "grad_x", "grad_dt"}
 
 def build(kernel, data, constants):
@@ -160,7 +160,7 @@ for data in ("bf16", "fp16", "fp32"):
     for starts, save, ends in ((False, True, False), (True, False, False), (False, False, True)):
         build(kernels.walk_kernel, data, dict(shared, y_row=320, STARTS=starts, SAVE=save, ENDS=ends))
     for ends in (False, True):
-        build(kernels.backward_kernel, data, dict(shared, grad_y_row=320, STARTS=True, ENDS=ends))
+        build(kernels.backward_kernel, data, dict(shared, grad_y_row=320, STARTS=True, ENDS=ends, LEVELS=4))
 for reverse in (False, True):
     build(kernels.stitch_kernel, "fp32", dict(N=8, BLOCK=128, AHEAD=16, REVERSE=reverse))
 """

@@ -11,6 +11,8 @@ which take as long as all others. Hence what looks roundabout below:
   vector load brings them. `_state_numbers` says which states a group has.
 - Row strides are compile-time constants, so that addresses within a group are offsets in the instructions.
 - log1p is a polynomial: the unit for special functions is the busy one.
+- The gradients of B and C are sums over the channels, which lie in different threads. All of a group of tokens are
+  stacked and summed as one product with ones: shuffles for every state and token would double the backward's work.
 
 A long sequence is cut into chunks that walk side by side: `walk_kernel` first tells what each chunk adds (`ENDS`),
 `stitch_kernel` makes of it the state that enters each, and a second walk starts there (`STARTS`). The backward walks
@@ -70,6 +72,18 @@ def _widen(vector, DTYPE: tl.constexpr, PAIRED: tl.constexpr):
         low, high = vector.to(tl.int16), (vector >> 16).to(tl.int16)
         groups = low.to(DTYPE, bitcast=True).to(tl.float32), high.to(DTYPE, bitcast=True).to(tl.float32)
     return groups
+
+
+@triton.jit
+def _stacked(tensors, LEVELS: tl.constexpr):
+    """2^LEVELS tensors of (rows, columns), one below the other."""
+    for level in tl.static_range(LEVELS):
+        pairs = ()
+        for k in tl.static_range(2 ** (LEVELS - 1 - level)):
+            pair = tl.join(tensors[2 * k], tensors[2 * k + 1])  # (rows, columns, 2)
+            pairs = pairs + (tl.reshape(tl.permute(pair, (2, 0, 1)), (2 * pair.shape[0], pair.shape[1])),)
+        tensors = pairs
+    return tensors[0]
 
 
 @triton.jit
@@ -260,8 +274,7 @@ def backward_kernel(
     grad_x,
     grad_dt,
     grad_A,  # (batch x chunks, N, channels), to be summed
-    grad_B,  # (blocks, batch, length, N), to be summed
-    grad_C,  # likewise
+    grad_BC,  # (blocks, batch, length, 2, N), to be summed
     grad_D,  # (batch x chunks, channels), to be summed
     grad_bias,  # likewise
     ends,  # (batch, chunks, N, channels): what each chunk hands back to the one before
@@ -290,6 +303,7 @@ def backward_kernel(
     HAS_BIAS: tl.constexpr,
     STARTS: tl.constexpr,
     ENDS: tl.constexpr,  # then only `ends` and `sums` are written
+    LEVELS: tl.constexpr,  # log2 of the terms of grad_BC in a group, 2 GROUP N / WIDTH
 ):
     """Walk one chunk of BLOCK channels in reverse. Grid: (blocks of channels, chunks, batch)."""
     HALVES: tl.constexpr = 2 if PAIRED else 1
@@ -370,6 +384,7 @@ def backward_kernel(
             if not ENDS:
                 h = new
 
+        terms = ()
         for k in tl.static_range(GROUP - 1, -1, -1):
             there = (start + k < last) | FULL
             asked = grad_ys[k].to(tl.float32)
@@ -400,10 +415,7 @@ def backward_kernel(
                         grad_step += tl.sum(grad_exponent * rates[v * HALVES + half], 0)
                         grad_drive += tl.sum(grad_h * b[half], 0)
                         now = decay * old + drive[None, :] * b[half]
-                        row = ((tl.program_id(0) * tl.num_programs(2) + batch) * length + start + k) * N
-                        row += _state_numbers(v * HALVES + half, WIDTH, PAIRED)
-                        tl.store(grad_B + row, tl.sum(grad_h * drive[None, :], 1, keep_dims=True), mask=there)
-                        tl.store(grad_C + row, tl.sum(now * asked[None, :], 1, keep_dims=True), mask=there)
+                        terms = terms + (grad_h * drive[None, :], now * asked[None, :])  # of grad_B and grad_C
                 sum_A = new_sum_A
                 grad_step += grad_drive * token
                 grad_v = grad_step * slopes[k]
@@ -414,6 +426,22 @@ def backward_kernel(
                 tl.store(grad_x + out, grad_token.to(grad_x.dtype.element_ty), mask=inside & there)
                 tl.store(grad_dt + out, grad_v.to(grad_dt.dtype.element_ty), mask=inside & there)
             handed = new_handed
+
+        if not ENDS:
+            summed = tl.dot(
+                _stacked(terms, LEVELS), tl.full((BLOCK, 16), 1.0, tl.float32), input_precision="ieee"
+            )  # (2 GROUP N, 16), all columns alike
+            row = tl.arange(0, 2 * GROUP * N)[:, None]
+            term = row // WIDTH  # as they were added above: from the last token to the first, by vector, half and kind
+            if PAIRED:
+                of_state = 2 * (row % WIDTH) + (term // 4 % VECTORS) * (2 * WIDTH) + term // 2 % 2
+            else:
+                of_state = row % WIDTH + (term // 2 % VECTORS) * WIDTH
+            token_at = start + GROUP - 1 - term // (2 * HALVES * VECTORS)
+            line = (tl.program_id(0) * tl.num_programs(2) + batch) * length + token_at
+            column = tl.arange(0, 16)[None, :]
+            once = (column == 0) & ((token_at < last) | FULL)
+            tl.store(grad_BC + (2 * line + term % 2) * N + of_state + column * 0, summed, mask=once)
 
     for group in tl.static_range(VECTORS * HALVES):
         place = (slot * N + _state_numbers(group, WIDTH, PAIRED)) * channels + channel[None, :]

@@ -92,8 +92,11 @@ def scan_backward(
     C: Tensor,
     D: Tensor | None,
     dt_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the seven inputs, each in the type of its input; those of an absent D or dt_bias are empty."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, of B and C together, float32 (batch, length, 2, state), of D and of dt_bias.
+
+    Each of the others is in the type of its input; those of an absent D or dt_bias are empty.
+    """
     batch, length, channels = x.shape
     state = A.shape[1]
     cuts = cut(batch, length, channels)
@@ -101,8 +104,7 @@ def scan_backward(
     grad_dt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
     parts = batch * cuts.chunks
     grad_A = _float32(x, parts, state, channels)
-    grad_B = _float32(x, cuts.blocks, batch, length, state)
-    grad_C = _float32(x, cuts.blocks, batch, length, state)
+    grad_BC = _float32(x, cuts.blocks, batch, length, 2, state)
     grad_D = _float32(x, parts if D is not None else 0, channels)
     grad_bias = _float32(x, parts if dt_bias is not None else 0, channels)
     if batch > 0:
@@ -112,9 +114,10 @@ def scan_backward(
         rows = [tensor.stride(1) for tensor in (x, dt, B, C, grad_y)]
         fixed = dict(zip(("x_row", "dt_row", "B_row", "C_row", "grad_y_row"), rows, strict=True))
         settings = fixed | _settings(x, A, B, cuts, D, dt_bias)
+        settings["LEVELS"] = (2 * GROUP * state // settings["WIDTH"]).bit_length() - 1
         starts = ends = sums = saved  # read or written only where there are chunks
         grid = (cuts.blocks, cuts.chunks, batch)
-        outputs = (grad_x, grad_dt, grad_A, grad_B, grad_C, grad_D, grad_bias)
+        outputs = (grad_x, grad_dt, grad_A, grad_BC, grad_D, grad_bias)
         if cuts.chunks > 1:
             ends, sums = _float32(x, batch, cuts.chunks, state, channels), _float32(x, batch, cuts.chunks, channels)
             wrap_triton(kernels.backward_kernel)[grid](
@@ -130,8 +133,7 @@ def scan_backward(
         grad_x,
         grad_dt,
         grad_A.sum(0).t().to(A.dtype),
-        grad_B.sum(0).to(B.dtype),
-        grad_C.sum(0).to(C.dtype),
+        grad_BC.sum(0),
         grad_D.sum(0).to(D.dtype) if D is not None else grad_D,
         grad_bias.sum(0).to(dt_bias.dtype) if dt_bias is not None else grad_bias,
     )
@@ -144,7 +146,9 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor
 
 def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved, *inputs = ctx.saved_tensors
-    grads = scan_backward(grad_y, saved, *inputs)
+    grad_x, grad_dt, grad_A, grad_BC, *rest = scan_backward(grad_y, saved, *inputs)
+    grad_B, grad_C = (grad.to(tensor.dtype) for grad, tensor in zip(grad_BC.unbind(2), inputs[3:5], strict=True))
+    grads = (grad_x, grad_dt, grad_A, grad_B, grad_C, *rest)
     return tuple(None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
 
 
