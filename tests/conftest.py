@@ -29,3 +29,15 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def nano_onnx(tmp_path_factory):
+    """The packaged model as an ONNX classifier, and the report of its export."""
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+    from mambavision import create_model
+    from mambavision.export.onnx import export_onnx
+
+    model = create_model("mamba_vision_nano_32", pretrained=True)
+    return model, export_onnx(model, tmp_path_factory.mktemp("onnx") / "mamba_vision_nano_32.onnx")

@@ -17,9 +17,10 @@ ALLOWED = {
     "__init__": {"factory", "inference.predictor"},  # the public names, on first use
     "__main__": {"cli"},
     "integrations": {"factory", "layers", "models", "weights"},
-    "cli": {"__init__", "engine", "data.folder", "inference", "measure", "models", "weights"},
+    "cli": {"__init__", "engine", "export", "factory", "data.folder", "inference", "measure", "models", "weights"},
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images"},
+    "export": {"inference", "models"},
     "measure": {"factory", "inference.fuse", "layers", "models", "weights.checkpoint"},
     "inference": {"factory", "layers", "models", "ops"},
     "factory": {"models", "weights"},
@@ -44,8 +45,9 @@ CORE = {
         "engine",
         "integrations",
         "measure",
+        "export",
     },
-    "numpy": {"inference", "data", "engine"},
+    "numpy": {"inference", "data", "engine", "export"},
     "torchvision": {"inference", "data"},
     "PIL": {"inference", "data"},
     "safetensors": {"weights"},
@@ -59,6 +61,9 @@ EXTRA = {
     "matplotlib": {"engine.plots", "measure.plots"},
     "torch.utils.tensorboard": {"engine.logs"},
     "jsonargparse": {"cli.train"},
+    "onnx": {"export"},
+    "onnxruntime": {"export"},
+    "onnxscript": {"export"},
     "transformers": {"integrations.huggingface"},
 }
 PLACES = CORE | WITH_TORCH | EXTRA
@@ -209,7 +214,7 @@ def test_packages_from_elsewhere_are_declared():
     text = (ROOT / "pyproject.toml").read_text()
     declared = text[text.index("\ndependencies = [") : text.index("[project.optional-dependencies]")]
     extras = text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")]
-    in_extras = re.findall(r"^(?:train|huggingface) = (.*)$", extras, re.MULTILINE)
+    in_extras = re.findall(r"^(?:train|huggingface|export) = (.*)$", extras, re.MULTILINE)
     assert set(re.findall(r'"([\w-]+)', declared)) == {{"PIL": "pillow"}.get(name, name) for name in CORE}
     found = set(re.findall(r'"([\w-]+)', " ".join(in_extras)))
     assert found - UNIMPORTED == {name.split(".")[-1] for name in EXTRA}

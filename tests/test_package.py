@@ -96,7 +96,7 @@ def test_extras(metadata):
     assert set(needs) == EXTRAS
     assert all(needs.values())
     assert needs["all"] == ["mambavision[export,huggingface,timm,train]"]
-    assert {"mambavision[huggingface,timm,train]", "pytest", "ruff", "mypy"} <= set(needs["dev"])
+    assert {"mambavision[export,huggingface,timm,train]", "pytest", "ruff", "mypy"} <= set(needs["dev"])
 
 
 def test_the_command_is_installed(information):

@@ -18,7 +18,7 @@ from importlib import import_module
 
 from mambavision import __version__
 
-COMMANDS = ("classify", "models", "info", "train", "evaluate", "benchmark", "profile")
+COMMANDS = ("classify", "models", "info", "train", "evaluate", "benchmark", "profile", "export")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ def window_partition(x: Tensor, size: int) -> Tensor:
         (batch * windows, size * size, channels), windows and their tokens in row-major order.
     """
     batch, channels, height, width = x.shape
-    rows, columns = -(-height // size), -(-width // size)
+    rows, columns = _whole_windows(height, size), _whole_windows(width, size)
     if rows * size != height or columns * size != width:
         x = F.pad(x, (0, columns * size - width, 0, rows * size - height))
     x = x.permute(0, 2, 3, 1).reshape(batch, rows, size, columns, size, channels)
@@ -37,9 +37,13 @@ def window_reverse(windows: Tensor, size: int, height: int, width: int) -> Tenso
     Returns:
         (batch, channels, H, W), channels-last in memory.
     """
-    rows, columns = -(-height // size), -(-width // size)
+    rows, columns = _whole_windows(height, size), _whole_windows(width, size)
     channels = windows.shape[-1]
     x = windows.reshape(windows.shape[0] // (rows * columns), rows, columns, size, size, channels)
     x = x.transpose(2, 3)  # (batch, rows, size, columns, size, channels)
     x = x.reshape(x.shape[0], rows * size, columns * size, channels).permute(0, 3, 1, 2)
     return x[:, :, :height, :width]
+
+
+def _whole_windows(length: int, size: int) -> int:
+    return (length + size - 1) // size  # not -(-length // size): ONNX rounds a negative quotient towards zero

@@ -1,0 +1,172 @@
+"""Export to ONNX: what the file holds, computes and says, and what happens when it would be wrong."""
+
+import json
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from mambavision import create_model
+from mambavision.cli import main
+from mambavision.export import onnx as export
+from mambavision.inference.images import read_image, sample_pictures
+from mambavision.inference.preprocess import build_transform
+
+TINY = "mamba_vision_test_tiny"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _installed():
+    for package in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(package)
+
+
+@pytest.fixture(scope="module")
+def maps(tmp_path_factory):
+    """A backbone that takes bytes."""
+    torch.manual_seed(0)
+    model = create_model(TINY, features_only=True).eval()
+    return model, export.export_onnx(model, tmp_path_factory.mktemp("onnx") / "maps.onnx", uint8=True)
+
+
+def open_session(report):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(report.path, providers=["CPUExecutionProvider"])
+
+
+def assert_close(found, expected):
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+# Whole windows, padding in one direction and in both, maps of one token, batch 1 and more.
+@pytest.mark.parametrize("shape", [(1, 32, 32), (3, 64, 96), (1, 37, 53), (2, 33, 64), (1, 4, 7), (2, 1, 1)])
+def test_a_classifier_computes_the_same_at_any_size(nano_onnx, shape):
+    model, report = nano_onnx
+    batch, height, width = shape
+    pictures = torch.randn(batch, 3, height, width)
+    with torch.inference_mode():
+        expected = model(pictures).numpy()
+    (found,) = open_session(report).run(["logits"], {"pixel_values": pictures.numpy()})
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 64), (2, 97, 70), (1, 5, 200)])
+def test_a_backbone_gives_four_maps_of_bytes(maps, shape):
+    model, report = maps
+    session = open_session(report)
+    assert [value.name for value in session.get_outputs()] == [
+        f"stride_{reduction}" for reduction in model.feature_info.reduction()
+    ]
+    pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
+    mean, std = (torch.tensor(v) for v in (model.config.preprocessing.mean, model.config.preprocessing.std))
+    with torch.inference_mode():
+        expected = model(((pixels / 255 - mean) / std).permute(0, 3, 1, 2))
+    found = session.run(None, {"pixels": pixels.numpy()})
+    for ours, theirs in zip(expected, found, strict=True):
+        assert_close(theirs, ours.numpy())
+
+
+def test_the_graph_is_standard_clean_and_names_its_dimensions(nano_onnx, maps):
+    import onnx
+
+    for _, report in (nano_onnx, maps):
+        proto = onnx.load(report.path)
+        onnx.checker.check_model(proto, full_check=True)
+        assert [entry.domain for entry in proto.opset_import] == [""]
+        assert {node.domain for node in proto.graph.node} == {""}
+        assert not proto.functions
+        assert len(proto.graph.node) == report.nodes
+        assert str(export.__file__).encode() not in report.path.read_bytes()  # nothing of where it was made
+    (pixels,) = proto.graph.input
+    names = [dim.dim_param or dim.dim_value for dim in pixels.type.tensor_type.shape.dim]
+    assert names == ["batch", "height", "width", 3]
+
+
+def test_metadata_tells_the_preprocessing_and_the_classes(nano_onnx):
+    model, report = nano_onnx
+    found = open_session(report).get_modelmeta().custom_metadata_map
+    values = {name: json.loads(value) for name, value in found.items()}
+    preprocessing = model.config.preprocessing
+    assert values["image_size"] == list(preprocessing.img_size)
+    assert (values["mean"], values["std"]) == (list(preprocessing.mean), list(preprocessing.std))
+    assert values["class_names"] == list(model.config.class_names)
+
+
+def test_the_report_is_of_the_file(nano_onnx):
+    _, report = nano_onnx
+    assert [path.name for path in report.path.parent.iterdir()] == [report.path.name]
+    assert report.size == report.path.stat().st_size
+    assert report.nodes < 3000
+    assert 0 < report.error < 1e-4
+    assert report.milliseconds > 0
+
+
+def test_it_classifies_the_photographs_as_pytorch_does(nano_onnx):
+    model, report = nano_onnx
+    transform = build_transform(model.config.preprocessing)
+    pictures = torch.stack([transform(read_image(path)) for path in sample_pictures()])
+    (found,) = open_session(report).run(None, {"pixel_values": pictures.numpy()})
+    with torch.inference_mode():
+        assert found.argmax(-1).tolist() == model(pictures).argmax(-1).tolist()
+
+
+@pytest.fixture
+def quick(monkeypatch, nano_onnx):
+    """The packaged model's graph in place of tracing."""
+    import onnx
+
+    proto = onnx.load(nano_onnx[1].path)
+    monkeypatch.setattr(export, "_trace", lambda *_: proto)
+    return proto
+
+
+def test_a_file_that_differs_is_not_kept(quick, tmp_path, capsys):
+    weight = quick.graph.initializer[0]
+    values = np.frombuffer(weight.raw_data, np.float32) + 0.5
+    weight.raw_data = values.astype(np.float32).tobytes()
+    path = tmp_path / "nano.onnx"
+    path.write_text("the old file")
+    assert main(["export", "mamba_vision_nano_32", "--output", str(path)]) == 1
+    assert "was not kept" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["nano.onnx"]
+    assert path.read_text() == "the old file"
+
+
+def test_the_command_prints_what_it_wrote(quick, tmp_path, capsys):
+    path = tmp_path / "folder" / "nano.onnx"
+    assert main(["export", "mamba_vision_nano_32", "--output", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert f"{path}: " in out
+    for word in ("MiB", "nodes", "largest error", "ms"):
+        assert word in out
+    assert [file.name for file in path.parent.iterdir()] == ["nano.onnx"]
+
+
+def test_large_weights_lie_beside_the_graph(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "MAX_BYTES_INSIDE", 2**20)
+    report = export.export_onnx(create_model("mamba_vision_nano_32", pretrained=True), tmp_path / "nano.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["nano.onnx", "nano.onnx.data"]
+    assert report.path.stat().st_size < 2**21 < report.size
+    open_session(report)
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])
+def test_a_missing_package_is_one_sentence(missing, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    assert main(["export", "mamba_vision_nano_32", "--output", str(tmp_path / "nano.onnx")]) == 2
+    sentence = f"Export to ONNX needs {missing}, which is not installed: pip install onnx onnxruntime onnxscript."
+    assert capsys.readouterr().err == f"mambavision: {sentence}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_t_is_small_and_loads_quickly(tmp_path):
+    report = export.export_onnx(create_model("mamba_vision_T"), tmp_path / "t.onnx")
+    started = time.perf_counter()
+    open_session(report)
+    assert time.perf_counter() - started < 3
+    assert report.nodes < 3000
