@@ -98,6 +98,8 @@ def test_a_python_example_runs_and_prints_what_it_says(code, request, weights, t
         pytest.importorskip("transformers")
         pytest.importorskip("accelerate")
         use_hub_cache(monkeypatch, request.getfixturevalue("hub"))
+    if ".onnx" in code:
+        shutil.copy(request.getfixturevalue("nano_onnx")[1].path, tmp_path)
     monkeypatch.setattr("mambavision.factory.fetch_weights", weights)
     variants = {spec.repo_id: spec.variant for spec in WEIGHTS.values()}
     monkeypatch.setattr(
@@ -107,8 +109,6 @@ def test_a_python_example_runs_and_prints_what_it_says(code, request, weights, t
     monkeypatch.chdir(tmp_path)
     for picture in ("cat.jpg", "dog.jpg"):
         shutil.copy(SAMPLES / picture, tmp_path)
-    if ".onnx" in code:
-        shutil.copy(request.getfixturevalue("nano_onnx")[1].path, tmp_path)
     exec(compile(ast.parse(code), "example", "exec"), {"__name__": "example"})
     out = capsys.readouterr().out.splitlines()
     assert [value for value in printed_values(code) if value not in out] == []
