@@ -26,7 +26,7 @@ from mambavision.inference.preprocess import build_transform
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 
-OPSET = 18  # onnxruntime 1.14 and newer
+OPSET = 18
 TOLERANCE = 1e-4  # of the largest value of an output
 # A protobuf holds 2 GiB; weights beyond lie in a second file beside it.
 MAX_BYTES_INSIDE = 2**31 - 2**26
