@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from mambavision.measure.timing import describe_device
+
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("mambavision", "numpy", "timm", "torch", "torchvision", "triton")
 
@@ -32,7 +34,7 @@ def write_results(name: str, rows: list[dict[str, Any]], *, note: str, device: s
         "command": shlex.join(["python", *sys.argv]),
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
-        "device": device or describe_device(),
+        "device": device or describe_device(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
         "versions": versions(),
         "note": note,
         "rows": rows,
@@ -53,18 +55,6 @@ def commit() -> str:
         return head + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def describe_device() -> str:
-    """The GPU's name where there is one, else the processor and its threads."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def versions() -> dict[str, str]:

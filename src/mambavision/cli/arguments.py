@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from mambavision.inference.predictor import Predictor
 
 
+TYPES = ("float32", "bfloat16", "float16")
+
+
 class UsageError(Exception):
     """Arguments that do not go together; the message is one sentence."""
 

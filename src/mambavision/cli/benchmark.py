@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambavision.cli.arguments import UsageError, image_size, positive
+from mambavision.cli.arguments import TYPES, UsageError, image_size, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 SUMMARY = "Measure speed and memory of networks, ours and timm's."
 AUTO = "auto"
-TYPES = ("float32", "bfloat16", "float16")
 WAYS = ("eager", "compile", "fused", "fused-compile")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambavision.cli.arguments import UsageError, open_predictor, positive
+from mambavision.cli.arguments import TYPES, UsageError, open_predictor, positive
 
 if TYPE_CHECKING:
     from mambavision.engine.evaluate import Evaluation
@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
     parser.add_argument(
         "--precision",
-        choices=("float32", "bfloat16", "float16"),
+        choices=TYPES,
         default="float32",
         help="type of autocast (default: float32)",
     )

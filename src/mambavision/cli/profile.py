@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mambavision.cli.arguments import image_size, positive
+from mambavision.cli.arguments import TYPES, image_size, positive
 
 if TYPE_CHECKING:
     from mambavision.measure.profiling import Share
@@ -26,9 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("model", metavar="MODEL", help="a name that `mambavision models` lists")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="pictures a pass (default: 1)")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="default: float32"
-    )
+    parser.add_argument("--dtype", choices=TYPES, default="float32", help="default: float32")
     parser.add_argument(
         "--img-size", type=image_size, metavar="SIZE", help="picture side, or HEIGHTxWIDTH (default: the model's own)"
     )

@@ -146,14 +146,23 @@ def describe_protocol(device: torch.device, seconds: float) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    described["device"] = describe_device(device)
     if device.type == "cuda":
-        described |= {"device": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-        described |= {"clocks": _gpu_clocks()}
-    elif device.type == "cpu":
-        described["device"] = f"{_processor()}, {torch.get_num_threads()} threads"
-    else:
-        described["device"] = str(device)
+        described |= {"cuda": str(torch.version.cuda), "clocks": _gpu_clocks()}
     return described
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU's name, or the processor's and how many threads PyTorch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return str(device)
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
+    model = names[0] if names else platform.processor() or platform.machine()
+    return f"{model}, {torch.get_num_threads()} threads"
 
 
 def _passes(seconds: float, least: int) -> Iterator[None]:
@@ -192,9 +201,3 @@ def _gpu_clocks() -> str:
         return "unknown"
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
     return f"{answer[0]} (SM now, SM at most, memory)" if answer else "unknown"
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())

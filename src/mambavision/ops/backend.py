@@ -31,7 +31,7 @@ class Backend:
         function: the implementation; every backend of an op has the same signature.
         strength: why it is the choice where it is chosen, for the log and for users.
         refusal: for a `Situation`, the reason why the backend cannot run there, or None when it can.
-        automatic: whether `auto` may take it; a reference is for comparison only.
+        automatic: whether `auto` may take it; the others run when they are asked for by name.
     """
 
     name: str

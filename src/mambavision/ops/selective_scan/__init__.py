@@ -44,7 +44,7 @@ def _triton_fault() -> str | None:
     return None if tuple(map(int, version.split(".")[:2])) >= (3, 3) else f"Triton {version} is older than 3.3"
 
 
-# Best first.
+# Best first. `triton` waits to be asked for until its times on a GPU are known.
 BACKENDS = (
     Backend("meta", _shape_only, "meta tensors have no values to compute", _refuse_values),
     Backend("triton", _triton, "GPU kernels", _refuse_triton, automatic=False),

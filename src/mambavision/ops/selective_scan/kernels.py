@@ -2,17 +2,17 @@
 
 One thread walks one channel: its states live in registers, and the sum over the states stays inside the thread. A warp
 walks 32 neighbouring channels of a sequence, so loads of x and dt are whole lines, and B and C are the same for all its
-threads. The walk is bound by the instructions it issues, about 90 a token for 8 states and 9 of them exponentials,
-which take as long as all others. Hence what looks roundabout below:
+threads. What the walk costs is counted in instructions: about 90 a token for 8 states of 16 bits, 9 of them
+exponentials, which have a slower unit of their own. Hence what looks roundabout below:
 
 - Loads run one group of tokens ahead of their use. With one or two warps a scheduler nothing else hides their latency.
-- 16-bit B and C come as 32-bit pairs, which a shift and a mask widen; the compiler's own way costs twice as much and
-  twice the registers. So states come in two groups, the even and the odd ones. 32-bit ones come in groups of 4, as a
-  vector load brings them. `_state_numbers` says which states a group has.
+- 16-bit B and C come as 32-bit pairs, which a shift and a mask widen: with fewer instructions than the compiler's own
+  way, and nearly half its registers. So states come in two groups, the even and the odd ones. 32-bit ones come in
+  groups of 4, as a vector load brings them. `_state_numbers` says which states a group has.
 - Row strides are compile-time constants, so that addresses within a group are offsets in the instructions.
 - log1p is a polynomial: the unit for special functions is the busy one.
 - The gradients of B and C are sums over the channels, which lie in different threads. All of a group of tokens are
-  stacked and summed as one product with ones: shuffles for every state and token would double the backward's work.
+  stacked and summed as one product with ones, with fewer instructions than shuffles for every state and token.
 
 A long sequence is cut into chunks that walk side by side: `walk_kernel` first tells what each chunk adds (`ENDS`),
 `stitch_kernel` makes of it the state that enters each, and a second walk starts there (`STARTS`). The backward walks
