@@ -48,12 +48,12 @@ def fuse(model: Network) -> Network:
             _fuse_token_block(module)
     if type(fused) is MambaVision:
         # The same modules, and a forward pass that goes around the norm.
-        fused.__class__ = _FusedMambaVision  # type: ignore[assignment]
-        cast("_FusedMambaVision", fused).fold_head()
+        fused.__class__ = FusedMambaVision  # type: ignore[assignment]
+        cast("FusedMambaVision", fused).fold_head()
     return fused
 
 
-class _FusedMambaVision(MambaVision):
+class FusedMambaVision(MambaVision):
     """A classifier whose final norm is part of its head; `forward_features` still gives the map after the norm."""
 
     def fold_head(self) -> None:

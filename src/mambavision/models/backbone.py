@@ -223,6 +223,10 @@ class MambaVisionBackbone(nn.Module):
             raise ValueError(f"Expected pictures as (batch, {channels}, height, width), got {tuple(x.shape)}.")
         if x.device.type != weight.device.type:
             raise ValueError(f"Pictures are on {x.device} and the weights on {weight.device}; move one to the other.")
+        self._check_dtype(x)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        weight = self.patch_embed.conv_down[0].weight
         if not x.dtype.is_floating_point:
             raise ValueError(f"Expected normalised pictures of a floating type, got {x.dtype}; convert and scale them.")
         if x.dtype == weight.dtype:

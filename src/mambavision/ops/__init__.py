@@ -1,5 +1,5 @@
 """Computations that have more than one implementation; each op is a folder with one signature for all of them."""
 
-from mambavision.ops.selective_scan import selective_scan
+from mambavision.ops.selective_scan import selective_scan, selective_scan_
 
-__all__ = ["selective_scan"]
+__all__ = ["selective_scan", "selective_scan_"]

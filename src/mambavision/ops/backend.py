@@ -18,8 +18,9 @@ class Situation(NamedTuple):
 
     device_type: str
     dtype: torch.dtype
-    length: int
-    state: int
+    length: int = 0  # tokens of a scanned sequence
+    state: int = 0  # states of a scanned channel
+    differentiated: bool = False  # whether gradients are asked for
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,41 @@ class Choice(NamedTuple):
     reason: str
 
 
+def triton_fault() -> str | None:
+    """What is wrong with the installed Triton, or None; torch.compile follows it."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    version: str = triton.__version__
+    return None if tuple(map(int, version.split(".")[:2])) >= (3, 3) else f"Triton {version} is older than 3.3"
+
+
+def refuse_inference_kernels(situation: Situation) -> str | None:
+    """Why the kernels that have no backward and multiply 16-bit numbers cannot run, or None."""
+    if situation.device_type != "cuda":
+        return f"{situation.device_type} is no GPU that Triton compiles for here"
+    if situation.dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels multiply 16-bit numbers, not {situation.dtype}"
+    if situation.differentiated:
+        return "its kernels have no backward"
+    return triton_fault()
+
+
+def situation_of(x: torch.Tensor, *others: torch.Tensor | None) -> Situation:
+    """Of an op on `x` and other tensors."""
+    tensors = [tensor for tensor in (x, *others) if tensor is not None]
+    differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return Situation(x.device.type, x.dtype, differentiated=differentiated)
+
+
 def select(op: str, backends: Sequence[Backend], situation: Situation, requested: str = "auto") -> Choice:
     """Choose the backend of `op` for a situation.
 
     Args:
         op: name for error messages.
         backends: the implementations, best first.
-        situation: device, dtype, length and state size of the call.
+        situation: what is known of the call without its values.
         requested: a backend's name, or `auto` for the first that accepts the situation.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, Choice, Situation, select
+from mambavision.ops.backend import Backend, Choice, Situation, select, triton_fault
 from mambavision.ops.selective_scan.chunked import selective_scan_chunked
 from mambavision.ops.selective_scan.reference import selective_scan_reference
 
@@ -31,23 +31,13 @@ def _refuse_triton(situation: Situation) -> str | None:
         return f"{situation.dtype} is too wide for its kernels"
     if situation.state not in (4, 8, 16):
         return f"its kernels are for 4, 8 or 16 states, not {situation.state}"
-    return _triton_fault()
+    return triton_fault()
 
 
-def _triton_fault() -> str | None:
-    """What is wrong with the installed Triton, or None; torch.compile follows it."""
-    try:
-        import triton
-    except ImportError:
-        return "Triton is not installed"
-    version: str = triton.__version__
-    return None if tuple(map(int, version.split(".")[:2])) >= (3, 3) else f"Triton {version} is older than 3.3"
-
-
-# Best first. `triton` waits to be asked for until its times on a GPU are known.
+# Best first.
 BACKENDS = (
     Backend("meta", _shape_only, "meta tensors have no values to compute", _refuse_values),
-    Backend("triton", _triton, "GPU kernels", _refuse_triton, automatic=False),
+    Backend("triton", _triton, "GPU kernels", _refuse_triton),
     Backend("chunked", selective_scan_chunked, "plain PyTorch, runs and exports everywhere", lambda _: None),
     Backend("reference", selective_scan_reference, "the definition, step by step", lambda _: None, automatic=False),
 )
@@ -95,6 +85,19 @@ def selective_scan(
     return choose_backend(x, backend, state=A.shape[1]).backend.function(x, dt, A, B, C, D, dt_bias)
 
 
+def selective_scan_(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, dt_bias: Tensor | None = None
+) -> Tensor:
+    """`selective_scan` that replaces x by its result, for inference; on a GPU without a second tensor."""
+    _check(x, dt, A, B, C, D, dt_bias)
+    if choose_backend(x, state=A.shape[1]).backend.name == "triton" and x.stride(2) == 1:
+        from mambavision.ops.selective_scan.triton_op import scan_
+
+        scan_(x, dt, A, B, C, D, dt_bias)
+        return x
+    return x.copy_(selective_scan(x, dt, A, B, C, D, dt_bias))
+
+
 def choose_backend(x: Tensor, requested: str = "auto", *, state: int = 8) -> Choice:
     """The backend that `selective_scan` takes for an input like `x`, (batch, length, channels), and the reason."""
     return select("selective_scan", BACKENDS, Situation(x.device.type, x.dtype, x.shape[1], state), requested)
@@ -121,4 +124,4 @@ def _check(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | N
             raise ValueError(f"{name} must be {shape} to fit x {tuple(x.shape)}, got {tuple(tensor.shape)}.")
 
 
-__all__ = ["BACKENDS", "choose_backend", "selective_scan"]
+__all__ = ["BACKENDS", "choose_backend", "selective_scan", "selective_scan_"]

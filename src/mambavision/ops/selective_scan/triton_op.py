@@ -69,6 +69,14 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | Non
     return y
 
 
+@triton_op("mambavision::selective_scan_", mutates_args={"x"})
+def scan_(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None
+) -> None:
+    """Replace x, whose channels lie side by side, by y. No thread reads of x what another has written."""
+    _walk(x, dt, A, B, C, D, dt_bias, x, None)
+
+
 @triton_op("mambavision::selective_scan_for_training", mutates_args=())
 def scan_for_training(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None

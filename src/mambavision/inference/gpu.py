@@ -1,0 +1,258 @@
+"""The folded network from fused GPU kernels: same parameters, same function, a fraction of the launches and bytes.
+
+`use_kernels` replaces the parts of a network that `fuse` has folded. Each new part computes through the ops of
+`mambavision.ops`, which choose their implementation, so that it also runs, slowly, where there is no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambavision.inference.fuse import FusedMixer
+from mambavision.layers.attention import Attention
+from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.stem import Downsample, Stem
+from mambavision.layers.token_block import TokenBlock
+from mambavision.layers.window import window_partition, window_reverse
+from mambavision.models.backbone import Level, MambaVisionBackbone
+from mambavision.ops import selective_scan_
+from mambavision.ops.conv3x3 import conv3x3
+from mambavision.ops.layer_norm import layer_norm
+from mambavision.ops.linear import linear
+from mambavision.ops.stem import stem
+from mambavision.ops.token_conv import token_conv
+
+CHANNEL_UNIT = 8  # 16 bytes: what a GPU loads at once
+# Rows of tokens up to which one kernel a layer, norm and residual included, beats the library's product with kernels
+# for what surrounds it.
+FEW_ROWS = 2048
+
+
+def use_kernels(fused: MambaVisionBackbone) -> None:
+    """Replace the parts of `fused`, which `fuse` has made, by parts that use the kernels."""
+    widths = [-(-channels // CHANNEL_UNIT) * CHANNEL_UNIT for channels in fused.config.channels]
+    levels = cast("Sequence[Any]", fused.levels)
+    cast("Any", fused).patch_embed = KernelStem(fused.patch_embed, widths[0])
+    for level, width, channels, following in zip(
+        levels, widths, fused.config.channels, [*widths[1:], None], strict=False
+    ):
+        if level.window_size is None:
+            level.blocks = nn.ModuleList(KernelConvBlock(block, width) for block in level.blocks)
+        else:
+            level.blocks = nn.ModuleList([KernelTokens(level, channels)])
+        if level.downsample is not None:
+            level.downsample = KernelDownsample(level.downsample, width, cast("int", following))
+
+
+class _CastWithExact(nn.Module):
+    """A module whose buffers named in `exact` stay float32 when the rest is cast to half precision."""
+
+    exact: tuple[str, ...] = ()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _CastWithExact:
+        kept = {name: getattr(self, name) for name in self.exact if getattr(self, name) is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            setattr(self, name, tensor.to(getattr(self, name).device))
+        return self
+
+
+class KernelStem(nn.Module):
+    """`Stem` in one kernel, for pictures of any floating type, with `width` output channels."""
+
+    def __init__(self, folded: Stem, width: int) -> None:
+        super().__init__()
+        first, _, _, second, *_ = cast("Any", folded.conv_down)
+        self.conv_down = nn.ModuleList([first, _padded(second, second.in_channels, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = cast("Any", self.conv_down)
+        strides = (first.stride[0], second.stride[0])
+        return stem(x, first.weight, first.bias, second.weight, second.bias, strides=strides)
+
+
+class KernelConvBlock(nn.Module):
+    """`ConvBlock` in two kernels, on maps of `width` channels."""
+
+    def __init__(self, folded: ConvBlock, width: int) -> None:
+        super().__init__()
+        self.conv1 = _padded(folded.conv1, width, width)
+        self.conv2 = _padded(folded.conv2, width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, width, H, W), the same out
+        branch = conv3x3(x, self.conv1.weight, self.conv1.bias, activation="gelu_tanh")
+        return conv3x3(branch, self.conv2.weight, self.conv2.bias, residual=x)
+
+
+class KernelDownsample(nn.Module):
+    """`Downsample` in one kernel, from maps of `width` channels to maps of `following`."""
+
+    def __init__(self, layer: Downsample, width: int, following: int) -> None:
+        super().__init__()
+        self.reduction = _padded(cast("Any", layer.reduction)[0], width, following)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, width, H, W) -> (batch, following, ceil(H / 2), ceil(W / 2))
+        return conv3x3(x, self.reduction.weight, stride=2)
+
+
+class KernelTokens(nn.Module):
+    """All blocks of a window level, on its windows of tokens.
+
+    Few tokens go block by block through kernels that take norm and residual along. Many go through the library's
+    products: these add to the residual stream in place, without the biases, which are constant and so are added up
+    here, to be regarded by the norms and added at the end.
+    """
+
+    def __init__(self, level: Level, channels: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(KernelTokenBlock(cast("TokenBlock", block)) for block in level.blocks)
+        owed = torch.zeros(channels, dtype=torch.float64, device=next(level.parameters()).device)
+        for block in cast("Sequence[Any]", self.blocks):
+            owed = block.defer_biases(owed)
+        self.register_buffer("owed", owed.float())
+
+    owed: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
+        if not x.is_cuda or x.shape[0] * x.shape[1] <= FEW_ROWS:
+            for block in self.blocks:
+                x = block(x)
+            return x
+        length = x.shape[1]
+        x = x.reshape(-1, x.shape[2]).clone()  # (rows, channels), from here on changed in place
+        for block in self.blocks:
+            cast("KernelTokenBlock", block).add_to(x, length)
+        return x.add_(self.owed.to(x.dtype)).view(-1, length, x.shape[1])
+
+
+class KernelTokenBlock(_CastWithExact):
+    """`TokenBlock` through fused kernels; see `KernelTokens` for its two ways."""
+
+    exact = ("sum1", "sum2", "owed1", "owed2")
+    sum1: Tensor
+    sum2: Tensor
+    owed1: Tensor | None
+    owed2: Tensor | None
+
+    def __init__(self, block: TokenBlock) -> None:
+        super().__init__()
+        mixer = block.mixer
+        self.mixer = KernelMixer(mixer) if isinstance(mixer, FusedMixer) else KernelAttention(cast("Attention", mixer))
+        self.eps = block.norm1.eps
+        self.fc1, self.fc2 = block.mlp.fc1, block.mlp.fc2
+        self.register_buffer("sum1", self.mixer.first.weight.float().sum(1))
+        self.register_buffer("sum2", self.fc1.weight.float().sum(1))
+        self.register_buffer("owed1", None)
+        self.register_buffer("owed2", None)
+
+    def refresh_sums(self) -> None:
+        """Sum the weights anew, as the type that they now have rounds them."""
+        self.sum1, self.sum2 = self.mixer.first.weight.float().sum(1), self.fc1.weight.float().sum(1)
+
+    def defer_biases(self, owed: Tensor) -> Tensor:
+        """Note what the stream lacks before each norm, given what it lacks before the block; returns it for the next."""
+        self.owed1 = owed.float()
+        if self.mixer.last.bias is not None:
+            owed = owed + self.mixer.last.bias.double()
+        self.owed2 = owed.float()
+        return owed + self.fc2.bias.double()
+
+    def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
+        first, last = self.mixer.first, self.mixer.last
+        u = linear(x, first.weight, first.bias, norm_eps=self.eps, weight_sum=self.sum1)
+        x = linear(self.mixer(u), last.weight, last.bias, residual=x)
+        hidden = linear(
+            x, self.fc1.weight, self.fc1.bias, norm_eps=self.eps, weight_sum=self.sum2, activation="gelu"
+        )
+        return linear(hidden, self.fc2.weight, self.fc2.bias, residual=x)
+
+    def add_to(self, x: Tensor, length: int) -> None:
+        """The same on the stream x (rows, dim), in place, its biases owed."""
+        first, last = self.mixer.first, self.mixer.last
+        u = F.linear(layer_norm(x, self.owed1, eps=self.eps), first.weight, first.bias)
+        mixed = self.mixer(u.view(-1, length, u.shape[1]))
+        x.addmm_(mixed.reshape(x.shape[0], -1), last.weight.t())
+        # One product with bias and GELU (in its tanh form) behind it; no public function asks the library for that.
+        hidden = torch._addmm_activation(
+            self.fc1.bias, layer_norm(x, self.owed2, eps=self.eps), self.fc1.weight.t(), use_gelu=True
+        )
+        x.addmm_(hidden, self.fc2.weight.t())
+
+
+class KernelMixer(_CastWithExact):
+    """`FusedMixer` between its projections: the convolutions and the scan, which writes where it read."""
+
+    exact = ("A", "D", "dt_bias")
+    A: Tensor
+    D: Tensor
+    dt_bias: Tensor
+
+    def __init__(self, mixer: FusedMixer) -> None:
+        super().__init__()
+        self.first, self.last = mixer.in_proj, mixer.out_proj
+        self.channels, self.d_state = mixer.channels, mixer.d_state
+        self.x_proj = mixer.x_proj
+        self.conv = nn.Parameter(mixer.conv1d.weight.detach().squeeze(1), requires_grad=False)  # (dim, kernel)
+        for name in self.exact:
+            self.register_buffer(name, getattr(mixer, name))
+
+    def forward(self, u: Tensor) -> Tensor:  # (windows, length, dim), the same out
+        u = token_conv(u, self.conv)
+        x = u[..., : self.channels]
+        dt, B, C = F.linear(x, self.x_proj.weight).split([self.channels, self.d_state, self.d_state], dim=-1)
+        selective_scan_(x, dt, self.A, B, C, self.D, self.dt_bias)
+        return u
+
+
+class KernelAttention(nn.Module):
+    """`Attention` between its projections, with heads padded to a width that the fused kernels take."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.num_heads = attention.num_heads
+        width = attention.proj.in_features // self.num_heads
+        self.scale = width**-0.5
+        self.width = -(-width // CHANNEL_UNIT) * CHANNEL_UNIT
+        self.first, self.last = attention.qkv, attention.proj
+        if self.width != width:
+            self.first, self.last = self._pad_heads(width)
+
+    def _pad_heads(self, width: int) -> tuple[nn.Linear, nn.Linear]:
+        """The projections with zeros between the heads."""
+        heads, more = self.num_heads, self.width - width
+        dim = self.first.in_features
+        first = nn.Linear(dim, 3 * heads * self.width, device="meta")
+        weight = F.pad(self.first.weight.detach().view(3 * heads, width, dim), (0, 0, 0, more))
+        first.weight = nn.Parameter(weight.reshape(-1, dim), requires_grad=False)
+        bias = F.pad(self.first.bias.detach().view(3 * heads, width), (0, more))
+        first.bias = nn.Parameter(bias.reshape(-1), requires_grad=False)
+        last = nn.Linear(heads * self.width, dim, device="meta")
+        weight = F.pad(self.last.weight.detach().view(dim, heads, width), (0, more))
+        last.weight = nn.Parameter(weight.reshape(dim, -1), requires_grad=False)
+        last.bias = self.last.bias
+        return first, last
+
+    def forward(self, qkv: Tensor) -> Tensor:  # (windows, length, 3 x heads x width) -> (windows, length, heads x width)
+        windows, length, _ = qkv.shape
+        q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (windows, heads, length, width)
+        return x.transpose(1, 2).reshape(windows, length, -1)
+
+
+def _padded(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
+    """`conv` with zero weights for more channels, channels-last."""
+    wider = nn.Conv2d(
+        inputs, outputs, 3, conv.stride, 1, bias=conv.bias is not None, device="meta"
+    )  # type: ignore[arg-type]  # torch's stride is a tuple of any length
+    more = (0, 0, 0, 0, 0, inputs - conv.in_channels, 0, outputs - conv.out_channels)
+    weight = F.pad(conv.weight.detach(), more).contiguous(memory_format=torch.channels_last)
+    wider.weight = nn.Parameter(weight, requires_grad=False)
+    if conv.bias is not None:
+        bias = F.pad(conv.bias.detach(), (0, outputs - conv.out_channels))
+        wider.bias = nn.Parameter(bias, requires_grad=False)
+    return wider

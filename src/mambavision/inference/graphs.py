@@ -1,0 +1,78 @@
+"""CUDA graphs: a network's launches recorded once for a shape and replayed as one."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_GRAPHS = 8  # shapes; the one used longest ago makes room for a new one
+
+
+class _Recorded(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    input: Tensor
+    output: Any  # a tensor or a list of them, overwritten by each replay
+
+
+class GraphRunner:
+    """Runs a function of one CUDA tensor through a graph for each shape, recorded when the shape first comes.
+
+    Results are copies: they stay what they are when the next one is computed. Graphs share one pool of memory. A copy
+    of a runner, by `copy` or `pickle`, has no graphs yet.
+
+    Args:
+        dtype: of the tensor that the function sees; what comes is cast.
+        memory_format: likewise.
+    """
+
+    def __init__(self, *, dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> None:
+        self.dtype = dtype
+        self.memory_format = memory_format
+        self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._pool: Any = None
+
+    def run(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+        """What `function`, always the same, makes of x: a tensor or a list of tensors."""
+        key = (tuple(x.shape), x.device)
+        recorded = self._recorded.get(key)
+        if recorded is None:
+            if len(self._recorded) >= MAX_GRAPHS:
+                self._recorded.popitem(last=False)
+            recorded = self._recorded[key] = self._record(function, x)
+        self._recorded.move_to_end(key)
+        recorded.input.copy_(x)
+        recorded.graph.replay()
+        output = recorded.output
+        return output.clone() if isinstance(output, Tensor) else [tensor.clone() for tensor in output]
+
+    def clear(self) -> None:
+        """Forget all graphs, as after a change of the weights."""
+        self._recorded.clear()
+        self._pool = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty_runner, (self.dtype, self.memory_format)
+
+    def _record(self, function: Callable[[Tensor], Any], x: Tensor) -> _Recorded:
+        with torch.cuda.device(x.device):
+            static = torch.empty(x.shape, dtype=self.dtype, device=x.device, memory_format=self.memory_format)
+            static.copy_(x)
+            aside = torch.cuda.Stream()
+            aside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(aside):  # compiles kernels and makes libraries take their work space
+                for _ in range(2):
+                    function(static)
+            torch.cuda.current_stream().wait_stream(aside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                output = function(static)
+            self._pool = graph.pool()
+        return _Recorded(graph, static, output)
+
+
+def _empty_runner(dtype: torch.dtype, memory_format: torch.memory_format) -> GraphRunner:
+    return GraphRunner(dtype=dtype, memory_format=memory_format)

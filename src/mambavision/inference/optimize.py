@@ -1,0 +1,131 @@
+"""A trained network made fast for inference, in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mambavision.config import NUM_LEVELS
+from mambavision.inference.fuse import FusedMambaVision, fuse
+from mambavision.inference.gpu import KernelTokenBlock, use_kernels
+from mambavision.inference.graphs import GraphRunner
+from mambavision.models.backbone import MambaVisionBackbone
+from mambavision.models.classifier import MambaVision
+from mambavision.ops.tiles import measuring
+
+Mode = Literal["instant", "full"]
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def optimize(
+    model: MambaVisionBackbone, *, mode: Mode = "instant", dtype: torch.dtype | None = None
+) -> MambaVisionBackbone:
+    """A copy of `model` for inference, as fast as this package can make it on the model's device.
+
+    The copy has the interface of `model`: it takes pictures of any floating type and gives results in that type. Norms,
+    layer scale and the final norm are folded into their neighbours and projections are merged (`fuse`). On a CUDA
+    device the rest runs in half precision through fused kernels, recorded in a CUDA graph for each of the last shapes
+    (`graphs.MAX_GRAPHS`; the first call of a shape records). On a CPU see `inference.cpu`; elsewhere it is folded and
+    cast. `model` itself is left as it is.
+
+    Args:
+        model: a classifier or a backbone with its weights, on the device where the copy shall run.
+        mode: `instant` runs at once. `full` spends some seconds on the first call of a shape, on a GPU to try several
+            tiles for each kernel, on a CPU to compile.
+        dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+
+    Raises:
+        ValueError: an unknown mode, or a model on the meta device.
+    """
+    if mode not in get_args(Mode):
+        raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
+    fused = fuse(model)
+    device = next(fused.parameters()).device
+    if device.type == "cpu":
+        from mambavision.inference.cpu import optimize_for_cpu
+
+        return optimize_for_cpu(fused, dtype=dtype, mode=mode)  # type: ignore[return-value]
+    if dtype is None:
+        dtype = torch.float32
+        if device.type == "cuda":
+            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if dtype in HALVES:
+        use_kernels(fused)
+    fused = fused.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in fused.modules():
+        if isinstance(module, KernelTokenBlock):
+            module.refresh_sums()
+    optimized: Any = fused
+    optimized.__class__ = _OptimizedClassifier if isinstance(fused, MambaVision) else _OptimizedBackbone
+    optimized.tune_kernels = mode == "full"
+    # The stem's kernel reads pictures as they come; PyTorch's own convolutions want channels-last.
+    layout = torch.contiguous_format if dtype in HALVES else torch.channels_last
+    optimized.graphs = GraphRunner(dtype=dtype, memory_format=layout)
+    return optimized  # type: ignore[no-any-return]
+
+
+class _Optimized(MambaVisionBackbone):
+    """What the optimised classifier and backbone share: types at the border, graphs, channels that pad."""
+
+    tune_kernels: bool
+    graphs: GraphRunner
+
+    def forward(self, x: Tensor) -> Any:
+        """As the network's own, in the type of x."""
+        self._check_input(x)
+        with self._settings(x):
+            busy = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+            if busy or not x.is_cuda or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+                output = super().forward(x)
+            else:
+                output = self.graphs.run(super().forward, x)
+        if isinstance(output, Tensor):
+            return output.to(x.dtype)
+        return [tensor.to(x.dtype) for tensor in output]
+
+    def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
+        """As the network's own; channels that only pad are cut off what is given out."""
+        self._check_input(x)
+        widths = self.config.channels
+        x = self.patch_embed(x.to(next(self.parameters()).dtype))
+        stages = [x[:, : widths[0]]]
+        for index, level in enumerate(self.levels):
+            x = level(x)
+            stages.append(x[:, : widths[index]])
+            if index == last:
+                break
+            x = level.downsample(x)  # type: ignore[operator]  # ModuleList forgets its type
+        return stages
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Optimized:
+        self.graphs.clear()
+        return super()._apply(fn, recurse)  # type: ignore[return-value]
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if not x.dtype.is_floating_point:
+            super()._check_dtype(x)
+
+    @contextmanager
+    def _settings(self, x: Tensor) -> Iterator[None]:
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            torch.backends.cudnn.flags(benchmark=True),
+            measuring() if self.tune_kernels else nullcontext(),
+        ):
+            yield
+
+
+class _OptimizedBackbone(_Optimized):
+    """A backbone; see `_Optimized`."""
+
+
+class _OptimizedClassifier(_Optimized, FusedMambaVision):
+    """A classifier; see `_Optimized`."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        super().reset_classifier(num_classes)
+        self.graphs.clear()

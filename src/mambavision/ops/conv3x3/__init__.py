@@ -1,0 +1,60 @@
+"""3x3 convolution with what follows it: bias, activation, residual."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambavision.ops.activation import Activation
+from mambavision.ops.backend import Backend, refuse_inference_kernels, select, situation_of
+from mambavision.ops.conv3x3.reference import conv3x3_reference
+
+
+def _triton(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int, activation: Activation
+) -> Tensor:
+    from mambavision.ops.conv3x3.triton_op import conv3x3
+
+    return conv3x3(x, weight, bias, residual, stride, activation)
+
+
+BACKENDS = (
+    Backend("triton", _triton, "GPU kernel", refuse_inference_kernels),
+    Backend("reference", conv3x3_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
+)
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    stride: int = 1,
+    activation: Activation = "none",
+    backend: str = "auto",
+) -> Tensor:
+    """act(conv(x) + bias) + residual with padding 1, for inference.
+
+    Args:
+        x: map, (batch, channels, H, W); fastest channels-last, with a multiple of 8 channels.
+        weight: (columns, channels, 3, 3), of the type of x.
+        bias: (columns,), or None.
+        residual: (batch, columns, ceil(H / stride), ceil(W / stride)), added last, or None.
+        stride: 1 or 2.
+        activation: `none`, `relu`, `gelu` or `gelu_tanh`.
+        backend: `auto`, or the name of one of `BACKENDS`.
+
+    Returns:
+        (batch, columns, ceil(H / stride), ceil(W / stride)) in the type of x.
+
+    Raises:
+        ValueError: shapes do not fit.
+        RuntimeError: the requested backend cannot run here.
+    """
+    if x.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
+        raise ValueError(f"weight must be (columns, {x.shape[1]}, 3, 3) to fit the map, got {tuple(weight.shape)}.")
+    choice = select("conv3x3", BACKENDS, situation_of(x, weight, bias, residual), backend)
+    return choice.backend.function(x, weight, bias, residual, stride, activation)
+
+
+__all__ = ["BACKENDS", "conv3x3"]

@@ -1,0 +1,41 @@
+"""Layer norm without scale and shift, of a sum with a constant vector."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambavision.ops.backend import Backend, refuse_inference_kernels, select, situation_of
+from mambavision.ops.layer_norm.reference import layer_norm_reference
+
+
+def _triton(x: Tensor, offset: Tensor | None, eps: float) -> Tensor:
+    from mambavision.ops.layer_norm.triton_op import layer_norm
+
+    return layer_norm(x, offset, eps)
+
+
+BACKENDS = (
+    Backend("triton", _triton, "GPU kernel", refuse_inference_kernels),
+    Backend("reference", layer_norm_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
+)
+
+
+def layer_norm(x: Tensor, offset: Tensor | None = None, *, eps: float, backend: str = "auto") -> Tensor:
+    """The norm of x + offset over the last dimension, for inference.
+
+    Args:
+        x: (..., channels).
+        offset: (channels,), float32, added in float32, or None.
+        eps: added to the variance.
+        backend: `auto`, or the name of one of `BACKENDS`.
+
+    Returns:
+        (..., channels) in the type of x.
+
+    Raises:
+        RuntimeError: the requested backend cannot run here.
+    """
+    return select("layer_norm", BACKENDS, situation_of(x, offset), backend).backend.function(x, offset, eps)
+
+
+__all__ = ["BACKENDS", "layer_norm"]

@@ -1,0 +1,30 @@
+"""The layer norm's GPU kernel, in Triton; `triton_op` launches it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def layer_norm_kernel(
+    x,  # (rows, channels)
+    offset,  # (channels,)
+    out,  # (rows, channels)
+    rows,
+    channels,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_OFFSET: tl.constexpr,
+):
+    """BLOCK_M rows. Grid: (blocks of rows,)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    there = (row < rows)[:, None] & (column < channels)[None, :]
+    place = row.to(tl.int64)[:, None] * channels + column[None, :]
+    v = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if HAS_OFFSET:
+        v += tl.load(offset + column, mask=column < channels, other=0.0)[None, :]
+    mean = tl.sum(v, 1) / channels
+    v = tl.where(there, v - mean[:, None], 0.0)
+    rate = tl.rsqrt(tl.sum(v * v, 1) / channels + eps)
+    tl.store(out + place, (v * rate[:, None]).to(out.dtype.element_ty), mask=there)

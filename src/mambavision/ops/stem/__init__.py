@@ -1,0 +1,71 @@
+"""The stem: two 3x3 convolutions with ReLU, from a picture to the first map."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mambavision.ops.backend import Backend, Situation, refuse_inference_kernels, select, situation_of
+from mambavision.ops.stem.reference import stem_reference
+
+
+def _triton(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, strides: tuple[int, int]
+) -> Tensor:
+    from mambavision.ops.stem.triton_op import stem
+
+    return stem(x, weight1, bias1, weight2, bias2, *strides)
+
+
+BACKENDS = (
+    Backend("triton", _triton, "GPU kernel", refuse_inference_kernels),
+    Backend("reference", stem_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
+)
+
+
+def stem(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    strides: tuple[int, int] = (2, 2),
+    backend: str = "auto",
+) -> Tensor:
+    """ReLU(conv(ReLU(conv(x)))) with padding 1, for inference (paper, section 3.1).
+
+    Args:
+        x: pictures, (batch, colours, H, W), of any floating type and memory order.
+        weight1: (middle, colours, 3, 3); its type is that of the arithmetic and of the result. The kernel takes 16, 32,
+            64, ... middle channels.
+        bias1: (middle,).
+        weight2: (columns, middle, 3, 3).
+        bias2: (columns,).
+        strides: of the two convolutions.
+        backend: `auto`, or the name of one of `BACKENDS`.
+
+    Returns:
+        (batch, columns, H / strides, W / strides), each side rounded up, in the type of the weights.
+
+    Raises:
+        RuntimeError: the requested backend cannot run here.
+    """
+    situation = situation_of(x, weight1, weight2)._replace(dtype=weight1.dtype)
+    middle = weight1.shape[0]
+    choice = select("stem", _backends(middle), situation, backend)
+    return choice.backend.function(x, weight1, bias1, weight2, bias2, strides)
+
+
+def _backends(middle: int) -> tuple[Backend, ...]:
+    """`BACKENDS`, without the kernel for a number of middle channels that it does not take."""
+
+    def refuse(situation: Situation) -> str | None:
+        if middle < 16 or middle & (middle - 1):
+            return f"its kernel takes 16, 32, 64, ... middle channels, not {middle}"
+        return refuse_inference_kernels(situation)
+
+    kernel, *others = BACKENDS
+    return (Backend(kernel.name, kernel.function, kernel.strength, refuse), *others)
+
+
+__all__ = ["BACKENDS", "stem"]

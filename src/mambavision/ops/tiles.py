@@ -1,0 +1,83 @@
+"""How a GPU kernel cuts its work: a few candidates a shape, the first chosen by rule, the best found by measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+_ROUNDS = 5
+_CALLS = 8  # a round
+
+
+class Tile(NamedTuple):
+    """What one program computes, and with what.
+
+    Attributes:
+        rows: of the output.
+        columns: of the output.
+        inner: of the product's inner index, a step.
+        warps: threads over 32.
+        stages: steps whose loads are under way at once.
+        tail: columns of a second, narrower tile beside the first.
+    """
+
+    rows: int
+    columns: int
+    inner: int
+    warps: int
+    stages: int
+    tail: int = 0
+
+
+_chosen: dict[Hashable, Tile] = {}
+_measuring = False
+
+
+@contextmanager
+def measuring() -> Iterator[None]:
+    """While it lasts, a shape met for the first time is timed with every candidate; afterwards the choice holds."""
+    global _measuring
+    before, _measuring = _measuring, True
+    try:
+        yield
+    finally:
+        _measuring = before
+
+
+def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], object]) -> Tile:
+    """The tile for `key`, which names the kernel and all that its speed depends on.
+
+    Args:
+        key: of the process-wide table of choices.
+        candidates: the tiles that fit, the one to take without measuring first.
+        run: launches the kernel with a tile; may run any number of times.
+    """
+    if key in _chosen:
+        return _chosen[key]
+    if not _measuring or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
+        return candidates[0]
+    _chosen[key] = min(candidates, key=lambda tile: _milliseconds(run, tile))
+    return _chosen[key]
+
+
+def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
+    """Shortest of a few rounds; infinite for a tile that the GPU has no room for."""
+    from triton.runtime.errors import OutOfResources
+
+    try:
+        run(tile)
+    except OutOfResources:
+        return float("inf")
+    times = []
+    for _ in range(_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(_CALLS):
+            run(tile)
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times)
