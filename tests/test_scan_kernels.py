@@ -55,7 +55,7 @@ def check(tensors, grad_y):
             assert actual.dtype == usual.dtype
             assert error(actual, expected) <= factor * error(usual, expected) + 1e-6, name
     with torch.no_grad():
-        torch.testing.assert_close(selective_scan_triton(*tensors), found[0], rtol=0, atol=0)
+        assert error(selective_scan_triton(*tensors), truth[0]) <= factor * error(plain[0], truth[0]) + 1e-6
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_odd_and_single_sizes(shape, poisoned):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("length", [24, 17])
 def test_chunks_are_stitched(dtype, length, poisoned, monkeypatch):
-    monkeypatch.setattr(triton_op, "cut", lambda *_: Cut(32, 2, 8, 3))
+    monkeypatch.setattr(triton_op, "cut", lambda *_, **__: Cut(32, 2, 4, 8, 3))
     monkeypatch.setattr(triton_op, "AHEAD", 2)
     tensors = inputs(1, length, 33, 4, dtype)
     check(tensors, torch.randn(1, length, 33, device=DEVICE).to(dtype))
@@ -93,7 +93,7 @@ def test_strided_views(dtype, poisoned):
     check(tensors, torch.randn(6, 2, 33, device=DEVICE).to(dtype).transpose(0, 1))
 
 
-@pytest.mark.parametrize("absent", [{"D"}, {"dt_bias"}, {"D", "dt_bias"}], ids=str)
+@pytest.mark.parametrize("absent", [("D",), ("dt_bias",), ("D", "dt_bias")], ids=str)
 def test_absent_skip_and_bias(absent, poisoned):
     tensors = [None if name in absent else t for name, t in zip(NAMES, inputs(1, 5, 8, 4), strict=True)]
     check(tensors, torch.randn(1, 5, 8, device=DEVICE))
@@ -123,11 +123,12 @@ def test_an_unneeded_gradient_is_not_given():
     ("batch", "length", "channels"),
     [(1, 1, 1), (1, 49, 320), (1, 196, 160), (4, 1024, 256), (1, 12544, 160), (128, 196, 160)],
 )
-def test_the_cut_covers_every_token_and_channel_once(batch, length, channels):
-    block, blocks, chunk, chunks = cut(batch, length, channels)
+@pytest.mark.parametrize("training", [False, True])
+def test_the_cut_covers_every_token_and_channel_once(batch, length, channels, training):
+    block, blocks, group, chunk, chunks = cut(batch, length, channels, training=training)
     assert (blocks - 1) * block < channels <= blocks * block
     assert (chunks - 1) * chunk < length <= chunks * chunk
-    assert chunk % triton_op.GROUP == 0
+    assert chunk % group == 0
 
 
 def test_few_long_sequences_are_cut_and_many_short_ones_are_not():

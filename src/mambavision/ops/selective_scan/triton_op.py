@@ -15,7 +15,8 @@ from torch.library import triton_op, wrap_triton
 
 from mambavision.ops.selective_scan import kernels
 
-GROUP = 4  # tokens whose loads are issued together; the states before each such group are saved for the backward
+GROUP = 8  # tokens whose loads are issued together
+SAVED_GROUP = 4  # the same in training: the states before each such group are saved for the backward
 AHEAD = 16  # chunks whose loads `stitch_kernel` issues together
 STITCH_BLOCK = 128
 WARP = 32
@@ -24,28 +25,35 @@ WARPS_WANTED = 1024  # two for each of the four schedulers of a large GPU's mult
 
 
 class Cut(NamedTuple):
-    """How the work is cut: channels a program, tokens a chunk, and the counts that follow."""
+    """How the work is cut: channels a program, tokens a group, tokens a chunk, and the counts that follow."""
 
     block: int
     blocks: int
+    group: int
     chunk: int
     chunks: int
 
 
-def cut(batch: int, length: int, channels: int) -> Cut:
+def cut(batch: int, length: int, channels: int, *, training: bool = False) -> Cut:
     """Chunks only where whole sequences would leave most of a large GPU idle: they double the exponentials.
+
+    Whole sequences are walked by half a warp of channels, two threads each, since a scheduler with several warps
+    waits less; training keeps one thread a channel, whose backward sums over the channels by whole warps.
 
     Args:
         batch: sequences.
         length: tokens in each.
         channels: of each.
+        training: whether states are saved for the backward, or it runs.
     """
+    group = SAVED_GROUP if training else GROUP
     blocks = -(-channels // WARP)
     chunks = min(WARPS_WANTED // max(1, batch * blocks), length // MIN_CHUNK)
     if chunks < 4:
         chunks = 1
-    chunk = -(-length // (chunks * GROUP)) * GROUP
-    return Cut(WARP, blocks, chunk, -(-length // chunk))
+    chunk = -(-length // (chunks * group)) * group
+    block = WARP // 2 if chunks == 1 and not training else WARP
+    return Cut(block, -(-channels // block), group, chunk, -(-length // chunk))
 
 
 def selective_scan_triton(
@@ -84,7 +92,7 @@ def scan_for_training(
     """Y, and the states before each group of tokens for the backward: float32 (batch, groups, state, channels)."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     batch, length, channels = x.shape
-    saved = torch.empty((batch, -(-length // GROUP), A.shape[1], channels), dtype=torch.float32, device=x.device)
+    saved = torch.empty((batch, -(-length // SAVED_GROUP), A.shape[1], channels), dtype=torch.float32, device=x.device)
     _walk(x, dt, A, B, C, D, dt_bias, y, saved)
     return y, saved
 
@@ -107,7 +115,7 @@ def scan_backward(
     """
     batch, length, channels = x.shape
     state = A.shape[1]
-    cuts = cut(batch, length, channels)
+    cuts = cut(batch, length, channels, training=True)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_dt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
     parts = batch * cuts.chunks
@@ -122,7 +130,7 @@ def scan_backward(
         rows = [tensor.stride(1) for tensor in (x, dt, B, C, grad_y)]
         fixed = dict(zip(("x_row", "dt_row", "B_row", "C_row", "grad_y_row"), rows, strict=True))
         settings = fixed | _settings(x, A, B, cuts, D, dt_bias)
-        settings["LEVELS"] = (2 * GROUP * state // settings["WIDTH"]).bit_length() - 1
+        settings["LEVELS"] = (2 * SAVED_GROUP * state // settings["WIDTH"]).bit_length() - 1
         starts = ends = sums = saved  # read or written only where there are chunks
         grid = (cuts.blocks, cuts.chunks, batch)
         outputs = (grad_x, grad_dt, grad_A, grad_BC, grad_D, grad_bias)
@@ -178,7 +186,7 @@ def _walk(
     batch, length, channels = x.shape
     if batch == 0:
         return
-    cuts = cut(batch, length, channels)
+    cuts = cut(batch, length, channels, training=saved is not None)
     x, dt = _with_unit_stride(x), _with_unit_stride(dt)
     B, C = (_with_vector_rows(tensor.to(B.dtype)) for tensor in (B, C))
     strides = [tensor.stride(0) for tensor in (x, dt, B, C, y)]
@@ -223,9 +231,9 @@ def _settings(x: Tensor, A: Tensor, B: Tensor, cuts: Cut, D: Tensor | None, dt_b
         "WIDTH": min(4, state // 2) if paired else min(4, state),  # 16 bytes a load at most
         "PAIRED": paired,
         "BLOCK": cuts.block,
-        "GROUP": GROUP,
+        "GROUP": cuts.group,
         "WHOLE": channels % cuts.block == 0,
-        "FULL": length % GROUP == 0,
+        "FULL": length % cuts.group == 0,
         "HAS_D": D is not None,
         "HAS_BIAS": dt_bias is not None,
     }

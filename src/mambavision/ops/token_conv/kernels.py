@@ -29,9 +29,8 @@ def token_conv_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     wide_row = row.to(tl.int64)[:, None]
     for tap in tl.static_range(KERNEL):
-        shift: tl.constexpr = tap - KERNEL // 2
-        near = (token + shift >= 0) & (token + shift < length)
-        at = x + (wide_row + shift) * (x_row * UNIT) + channel[None, :]
+        near = (token + (tap - KERNEL // 2) >= 0) & (token + (tap - KERNEL // 2) < length)
+        at = x + (wide_row + (tap - KERNEL // 2)) * (x_row * UNIT) + channel[None, :]
         factor = tl.load(weight + channel * KERNEL + tap, mask=channel < channels, other=0.0).to(tl.float32)
         acc += tl.load(at, mask=there & near[:, None], other=0.0).to(tl.float32) * factor[None, :]
     acc = activated(acc, "silu")
