@@ -28,9 +28,9 @@ from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
 
 CHANNEL_UNIT = 8  # 16 bytes: what a GPU loads at once
-# Rows of tokens up to which one kernel a layer, norm and residual included, beats the library's product with kernels
-# for what surrounds it.
-FEW_ROWS = 2048
+# Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
+# with kernels for what surrounds it.
+FEW_ROWS, FEW_CHANNELS = 2048, 640
 
 
 def use_kernels(fused: MambaVisionBackbone) -> None:
@@ -100,44 +100,46 @@ class KernelDownsample(nn.Module):
         return conv3x3(x, self.reduction.weight, stride=2)
 
 
-class KernelTokens(nn.Module):
+class KernelTokens(_CastWithExact):
     """All blocks of a window level, on its windows of tokens.
 
     Few tokens go block by block through kernels that take norm and residual along. Many go through the library's
-    products: these add to the residual stream in place, without the biases, which are constant and so are added up
-    here, to be regarded by the norms and added at the end.
+    products, which add to the residual stream in place, but without biases. These are constant: all of them are added
+    at the start, and each norm takes off those that are not due yet.
     """
+
+    exact = ("early",)
+    early: Tensor
 
     def __init__(self, level: Level, channels: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(KernelTokenBlock(cast("TokenBlock", block)) for block in level.blocks)
-        owed = torch.zeros(channels, dtype=torch.float64, device=next(level.parameters()).device)
-        for block in cast("Sequence[Any]", self.blocks):
-            owed = block.defer_biases(owed)
-        self.register_buffer("owed", owed.float())
-
-    owed: Tensor
+        early = torch.zeros(channels, dtype=torch.float64, device=next(level.parameters()).device)
+        for block in reversed(cast("Sequence[Any]", self.blocks)):
+            early = block.bring_forward(early)
+        self.register_buffer("early", early.float())
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
-        if not x.is_cuda or x.shape[0] * x.shape[1] <= FEW_ROWS:
+        windows, length, channels = x.shape
+        if not x.is_cuda or (windows * length <= FEW_ROWS and channels <= FEW_CHANNELS):
             for block in self.blocks:
                 x = block(x)
             return x
-        length = x.shape[1]
-        x = x.reshape(-1, x.shape[2]).clone()  # (rows, channels), from here on changed in place
+        x = x.reshape(-1, channels)
+        x = torch.add(x, self.early, out=torch.empty_like(x))  # (rows, channels), from here on changed in place
         for block in self.blocks:
             cast("KernelTokenBlock", block).add_to(x, length)
-        return x.add_(self.owed.to(x.dtype)).view(-1, length, x.shape[1])
+        return x.view(windows, length, channels)
 
 
 class KernelTokenBlock(_CastWithExact):
     """`TokenBlock` through fused kernels; see `KernelTokens` for its two ways."""
 
-    exact = ("sum1", "sum2", "owed1", "owed2")
+    exact = ("sum1", "sum2", "early1", "early2")
     sum1: Tensor
     sum2: Tensor
-    owed1: Tensor | None
-    owed2: Tensor | None
+    early1: Tensor | None
+    early2: Tensor | None
 
     def __init__(self, block: TokenBlock) -> None:
         super().__init__()
@@ -147,20 +149,21 @@ class KernelTokenBlock(_CastWithExact):
         self.fc1, self.fc2 = block.mlp.fc1, block.mlp.fc2
         self.register_buffer("sum1", self.mixer.first.weight.float().sum(1))
         self.register_buffer("sum2", self.fc1.weight.float().sum(1))
-        self.register_buffer("owed1", None)
-        self.register_buffer("owed2", None)
+        self.register_buffer("early1", None)
+        self.register_buffer("early2", None)
 
     def refresh_sums(self) -> None:
         """Sum the weights anew, as the type that they now have rounds them."""
         self.sum1, self.sum2 = self.mixer.first.weight.float().sum(1), self.fc1.weight.float().sum(1)
 
-    def defer_biases(self, owed: Tensor) -> Tensor:
-        """Note what the stream lacks before each norm, given what it lacks before the block; returns it for the next."""
-        self.owed1 = owed.float()
+    def bring_forward(self, early: Tensor) -> Tensor:
+        """Given the biases that the stream holds too early behind this block, note and return those before it."""
+        early = early + self.fc2.bias.double()
+        self.early2 = -early.float()
         if self.mixer.last.bias is not None:
-            owed = owed + self.mixer.last.bias.double()
-        self.owed2 = owed.float()
-        return owed + self.fc2.bias.double()
+            early = early + self.mixer.last.bias.double()
+        self.early1 = -early.float()
+        return early
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         first, last = self.mixer.first, self.mixer.last
@@ -172,14 +175,14 @@ class KernelTokenBlock(_CastWithExact):
         return linear(hidden, self.fc2.weight, self.fc2.bias, residual=x)
 
     def add_to(self, x: Tensor, length: int) -> None:
-        """The same on the stream x (rows, dim), in place, its biases owed."""
+        """The same on the stream x (rows, dim), in place; its biases are there already."""
         first, last = self.mixer.first, self.mixer.last
-        u = F.linear(layer_norm(x, self.owed1, eps=self.eps), first.weight, first.bias)
+        u = F.linear(layer_norm(x, self.early1, eps=self.eps), first.weight, first.bias)
         mixed = self.mixer(u.view(-1, length, u.shape[1]))
         x.addmm_(mixed.reshape(x.shape[0], -1), last.weight.t())
         # One product with bias and GELU (in its tanh form) behind it; no public function asks the library for that.
         hidden = torch._addmm_activation(
-            self.fc1.bias, layer_norm(x, self.owed2, eps=self.eps), self.fc1.weight.t(), use_gelu=True
+            self.fc1.bias, layer_norm(x, self.early2, eps=self.eps), self.fc1.weight.t(), use_gelu=True
         )
         x.addmm_(hidden, self.fc2.weight.t())
 

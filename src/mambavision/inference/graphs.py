@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mambavision.ops.launch import precompiling
+
 MAX_GRAPHS = 8  # shapes; the one used longest ago makes room for a new one
 
 
@@ -63,8 +65,10 @@ class GraphRunner:
             static.copy_(x)
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):  # compiles kernels and makes libraries take their work space
-                for _ in range(2):
+            with torch.cuda.stream(aside):
+                with precompiling():
+                    function(static)
+                for _ in range(2):  # libraries choose and take their work space
                     function(static)
             torch.cuda.current_stream().wait_stream(aside)
             graph = torch.cuda.CUDAGraph()

@@ -113,7 +113,7 @@ class _Optimized(MambaVisionBackbone):
     def _settings(self, x: Tensor) -> Iterator[None]:
         with (
             torch.autocast(x.device.type, enabled=False),
-            torch.backends.cudnn.flags(benchmark=True),
+            torch.backends.cudnn.flags(enabled=True, benchmark=True),
             measuring() if self.tune_kernels else nullcontext(),
         ):
             yield

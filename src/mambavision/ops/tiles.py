@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from mambavision.ops.launch import is_precompiling
+
 _ROUNDS = 5
 _CALLS = 8  # a round
 
@@ -30,6 +32,23 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     tail: int = 0
+
+
+# For little work: the first that gives enough programs to keep a large GPU busy, else the last.
+SMALL = (Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4), Tile(64, 16, 128, 4, 3))
+_BUSY = 80  # programs
+
+
+def small_tiles(rows: int, columns: int) -> list[Tile]:
+    """`SMALL`, the likely best first."""
+    programs = [-(-rows // tile.rows) * -(-columns // tile.columns) for tile in SMALL]
+    first = next((tile for tile, count in zip(SMALL, programs, strict=True) if count >= _BUSY), SMALL[-1])
+    return [first, *(tile for tile in SMALL if tile != first)]
+
+
+def is_large(rows: int, columns: int) -> bool:
+    """Whether tiles of 128 x 128 suffice to keep a large GPU busy."""
+    return -(-rows // 128) * -(-columns // 128) >= 132
 
 
 _chosen: dict[Hashable, Tile] = {}
@@ -57,6 +76,10 @@ def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], obje
     """
     if key in _chosen:
         return _chosen[key]
+    if _measuring and is_precompiling():
+        for tile in candidates:
+            run(tile)
+        return candidates[0]
     if not _measuring or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     _chosen[key] = min(candidates, key=lambda tile: _milliseconds(run, tile))

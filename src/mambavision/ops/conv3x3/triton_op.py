@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
-from mambavision.ops.tiles import Tile, choose
+from mambavision.ops.launch import launcher
+from mambavision.ops.tiles import Tile, choose, is_large, small_tiles
 
 
 LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
@@ -19,10 +20,8 @@ WIDE_FROM = 192  # channels from which cuDNN's is faster
 
 def candidates(pixels: int, columns: int, channels: int) -> list[Tile]:
     """The tiles worth trying, the likely best first."""
-    if pixels <= 8192 and columns <= 320:
-        return [Tile(64, 32, 64, 4, 4), Tile(64, 16, 128, 4, 3), Tile(64, 64, 64, 4, 4), Tile(32, 32, 128, 4, 3)]
-    if pixels <= 8192:
-        return [Tile(64, 16, 128, 4, 3), Tile(16, 32, 128, 4, 4), Tile(64, 64, 64, 4, 4), LIBRARY]
+    if not is_large(pixels, columns):
+        return [*small_tiles(pixels, columns), LIBRARY]
     rest = columns % 128  # of whole tiles; what is left gets a tile of its own where it is narrow
     if columns < 128 and columns % 64 in (16, 32):
         ours = [Tile(128, 64, 64, 4, 4, columns % 64), Tile(128, 64, 128, 4, 3, columns % 64)]
@@ -71,7 +70,7 @@ def launch(
             return _finished(F.conv2d(x, weight, None, stride, 1), bias, residual, activation)
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         grid = (triton.cdiv(columns, tile.columns + tile.tail), triton.cdiv(pixels, tile.rows))
-        wrap_triton(conv3x3_kernel)[grid](
+        launcher(conv3x3_kernel)[grid](
             x, weight, bias, out if residual is None else residual, out,
             batch, height, width, out_height, out_width, columns, *(step // unit for step in strides),
             UNIT=unit, CHANNELS=channels, STRIDE=stride,
@@ -92,7 +91,7 @@ def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, activat
     columns = out.shape[1]
     pixels = out.numel() // columns
     unit = next(unit for unit in (8, 4, 2, 1) if columns % unit == 0)
-    wrap_triton(finish_kernel)[(triton.cdiv(columns, FINISH_COLUMNS), triton.cdiv(pixels, FINISH_PIXELS))](
+    launcher(finish_kernel)[(triton.cdiv(columns, FINISH_COLUMNS), triton.cdiv(pixels, FINISH_PIXELS))](
         out, bias, out if residual is None else residual, pixels, columns // unit,
         UNIT=unit, BLOCK_M=FINISH_PIXELS, BLOCK_N=FINISH_COLUMNS, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=4,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
+from mambavision.ops.launch import launcher
 from mambavision.ops.layer_norm.kernels import layer_norm_kernel
 
 BLOCK = 4096  # elements a program, so that each thread has two loads of 16 bytes under way
@@ -22,7 +23,7 @@ def layer_norm(x: Tensor, offset: Tensor | None, eps: float) -> Tensor:
     if rows:
         columns = triton.next_power_of_2(channels)
         block = max(1, BLOCK // columns)
-        wrap_triton(layer_norm_kernel)[(triton.cdiv(rows, block),)](
+        launcher(layer_norm_kernel)[(triton.cdiv(rows, block),)](
             x, offset, out, rows, channels, eps,
             BLOCK_M=block, BLOCK_N=columns, HAS_OFFSET=offset is not None, num_warps=8,
         )  # fmt: skip

@@ -35,7 +35,7 @@ def linear_kernel(
     """A tile of act(norm(x) weight^T + bias) + residual. Grid: (tiles,).
 
     The norm is not applied to x but to the product: with mean m and deviation s of a row, the normalised row times a
-    row w of the weight is (x w - m sum(w)) / s. So x is read once and goes to the matrix unit as it is.
+    row w of the weight is (x w - m sum(w)) / s. So x goes to the matrix unit as it is.
     """
     inner = inner * UNIT
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -51,9 +51,15 @@ def linear_kernel(
 
     # Rows and columns past the end read what another does and are not stored.
     x_at = x + (row % rows).to(tl.int64)[:, None] * (x_row * UNIT) + k[None, :]
+    if NORM:
+        # In a loop of its own: the product's loop leaves x in shared memory, where threads may not look at it.
+        total = tl.zeros([BLOCK_M], tl.float32)
+        squares = tl.zeros([BLOCK_M], tl.float32)
+        for start in range(0, inner, BLOCK_K):
+            wide = tl.load(x_at + start, mask=(start + k < inner)[None, :], other=0.0).to(tl.float32)
+            total += tl.sum(wide, 1)
+            squares += tl.sum(wide * wide, 1)
     weight_at = weight + (column % columns)[None, :] * inner + k[:, None]
-    total = tl.zeros([BLOCK_M], tl.float32)
-    squares = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, inner, BLOCK_K):
         if EVEN_K:
@@ -63,10 +69,6 @@ def linear_kernel(
             a = tl.load(x_at, mask=(start + k < inner)[None, :], other=0.0)
             b = tl.load(weight_at, mask=(start + k < inner)[:, None], other=0.0)
         acc = tl.dot(a, b, acc)
-        if NORM:
-            wide = a.to(tl.float32)
-            total += tl.sum(wide, 1)
-            squares += tl.sum(wide * wide, 1)
         x_at += BLOCK_K
         weight_at += BLOCK_K
 

@@ -5,25 +5,20 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
+from mambavision.ops.launch import launcher
 from mambavision.ops.linear.kernels import linear_kernel
-from mambavision.ops.tiles import Tile, choose
+from mambavision.ops.tiles import Tile, choose, is_large, small_tiles
 
 GROUP = 8
 
 
-def candidates(rows: int, columns: int, inner: int) -> list[Tile]:
+def candidates(rows: int, columns: int) -> list[Tile]:
     """The tiles worth trying, the likely best first."""
-    if rows <= 512:
-        return [Tile(32, 32, 64, 4, 4), Tile(64, 32, 64, 4, 4), Tile(16, 64, 128, 4, 3), Tile(64, 64, 64, 4, 4)]
-    return [
-        Tile(128, 128, 64, 8, 3),
-        Tile(128, 128, 64, 4, 4),
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 64, 64, 4, 4),
-        Tile(64, 128, 64, 4, 4),
-    ]
+    if is_large(rows, columns):
+        return [Tile(128, 128, 64, 8, 3), Tile(128, 128, 64, 4, 4), Tile(128, 256, 64, 8, 3)]
+    return small_tiles(rows, columns)
 
 
 @triton_op("mambavision::linear", mutates_args=())
@@ -64,7 +59,7 @@ def launch(
 
     def run(tile: Tile) -> None:
         grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-        wrap_triton(linear_kernel)[grid](
+        launcher(linear_kernel)[grid](
             x2, weight, bias, weight_sum, residual2, out2,
             rows, columns, inner // unit, x2.stride(0) // unit, residual2.stride(0) // unit, columns // unit, norm_eps,
             UNIT=unit, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP=GROUP,
@@ -73,7 +68,7 @@ def launch(
         )  # fmt: skip
 
     key = ("linear", rows, columns, inner, x.dtype, activation, weight_sum is None, residual is None, x.device)
-    run(tile or choose(key, candidates(rows, columns, inner), run))
+    run(tile or choose(key, candidates(rows, columns), run))
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
+from mambavision.ops.launch import launcher
 from mambavision.ops.selective_scan import kernels
 
 GROUP = 8  # tokens whose loads are issued together
@@ -136,12 +137,12 @@ def scan_backward(
         outputs = (grad_x, grad_dt, grad_A, grad_BC, grad_D, grad_bias)
         if cuts.chunks > 1:
             ends, sums = _float32(x, batch, cuts.chunks, state, channels), _float32(x, batch, cuts.chunks, channels)
-            wrap_triton(kernels.backward_kernel)[grid](
+            launcher(kernels.backward_kernel)[grid](
                 x, dt, A, B, C, D, dt_bias, grad_y, saved, starts, *outputs, ends, sums,
                 *strides, length, channels, cuts.chunk, **settings, STARTS=False, ENDS=True, num_warps=1,
             )  # fmt: skip
             starts = _stitch(A, ends, sums, reverse=True)
-        wrap_triton(kernels.backward_kernel)[grid](
+        launcher(kernels.backward_kernel)[grid](
             x, dt, A, B, C, D, dt_bias, grad_y, saved, starts, *outputs, ends, sums,
             *strides, length, channels, cuts.chunk, **settings, STARTS=cuts.chunks > 1, ENDS=False, num_warps=1,
         )  # fmt: skip
@@ -199,12 +200,12 @@ def _walk(
     if cuts.chunks > 1:
         ends = _float32(x, batch, cuts.chunks, A.shape[1], channels)
         sums = _float32(x, batch, cuts.chunks, channels)
-        wrap_triton(kernels.walk_kernel)[grid](
+        launcher(kernels.walk_kernel)[grid](
             x, dt, A, B, C, D, dt_bias, y, starts, states, ends, sums,
             *strides, length, channels, cuts.chunk, **settings, STARTS=False, SAVE=False, ENDS=True, num_warps=1,
         )  # fmt: skip
         starts = _stitch(A, ends, sums, reverse=False)
-    wrap_triton(kernels.walk_kernel)[grid](
+    launcher(kernels.walk_kernel)[grid](
         x, dt, A, B, C, D, dt_bias, y, starts, states, ends, sums,
         *strides, length, channels, cuts.chunk,
         **settings, STARTS=cuts.chunks > 1, SAVE=saved is not None, ENDS=False, num_warps=1,
@@ -215,7 +216,7 @@ def _stitch(A: Tensor, ends: Tensor, sums: Tensor, *, reverse: bool) -> Tensor:
     """The state that enters each chunk, (batch, chunks, state, channels)."""
     batch, chunks, state, channels = ends.shape
     entering = torch.empty_like(ends)
-    wrap_triton(kernels.stitch_kernel)[(triton.cdiv(state * channels, STITCH_BLOCK), batch)](
+    launcher(kernels.stitch_kernel)[(triton.cdiv(state * channels, STITCH_BLOCK), batch)](
         A, ends, sums, entering, chunks, channels, N=state, BLOCK=STITCH_BLOCK, AHEAD=AHEAD, REVERSE=reverse
     )
     return entering

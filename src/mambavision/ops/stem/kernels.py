@@ -1,4 +1,4 @@
-"""The stem's GPU kernel, in Triton; `triton_op` launches it."""
+"""The stem's GPU kernels, in Triton; `triton_op` launches them."""
 
 import triton
 import triton.language as tl
@@ -36,8 +36,8 @@ def stem_kernel(
 ):
     """Both convolutions, each with ReLU, for BLOCK_M pixels. Grid: (tiles of channels, tiles of pixels).
 
-    The map between the two is the largest of the network and is never stored: each of the nine taps of the second
-    convolution makes what it needs of it anew, 9 / 4 times the work of the first, which is small.
+    The map between the two is not stored: each of the nine taps of the second convolution makes what it needs of it
+    anew, 9 / 4 times the work of the first. That spares a launch, which counts where there is little to do.
     """
     pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
@@ -75,3 +75,43 @@ def stem_kernel(
     acc = tl.maximum(acc, 0.0)
     at = out + pixel.to(tl.int64)[:, None] * (out_column * UNIT) + column[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(pixel < pixels)[:, None] & (column < columns)[None, :])
+
+
+@triton.jit
+def first_conv_kernel(
+    x,  # (batch, IN, height, width), any strides
+    weight,  # (MIDDLE, IN, 3, 3)
+    bias,  # (MIDDLE,)
+    out,  # (batch, out_height, out_width, MIDDLE)
+    batch,
+    height,
+    width,
+    out_height,
+    out_width,
+    x_batch,
+    x_colour,
+    x_row,
+    x_column,
+    IN: tl.constexpr,
+    PATCH: tl.constexpr,
+    MIDDLE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """The first convolution with ReLU alone, for BLOCK_M pixels. Grid: (tiles of pixels,)."""
+    pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pixels = batch * out_height * out_width
+    image = pixel // (out_height * out_width)
+    part = tl.arange(0, PATCH)
+    colour = part // 9
+    row = (pixel // out_width % out_height * STRIDE)[None, :] + (part % 9 // 3 - 1)[:, None]
+    column = (pixel % out_width * STRIDE)[None, :] + (part % 3 - 1)[:, None]
+    there = (pixel < pixels)[None, :] & (colour < IN)[:, None]
+    there = there & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    at = (x + image.to(tl.int64) * x_batch)[None, :] + (colour[:, None] * x_colour + row * x_row + column * x_column)
+    middle = tl.arange(0, MIDDLE)
+    first = tl.load(weight + middle[None, :] * (9 * IN) + part[:, None], mask=(part < 9 * IN)[:, None], other=0.0)
+    patch = tl.load(at, mask=there, other=0.0).to(first.dtype)  # (PATCH, BLOCK_M)
+    hidden = tl.dot(tl.trans(patch), first) + tl.load(bias + middle).to(tl.float32)[None, :]
+    hidden = tl.maximum(hidden, 0.0).to(out.dtype.element_ty)
+    tl.store(out + pixel.to(tl.int64)[:, None] * MIDDLE + middle[None, :], hidden, mask=(pixel < pixels)[:, None])

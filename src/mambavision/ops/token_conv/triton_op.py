@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import triton_op
 
+from mambavision.ops.launch import launcher
 from mambavision.ops.token_conv.kernels import token_conv_kernel
 
 BLOCK_M, BLOCK_N = 32, 64
@@ -21,7 +22,7 @@ def token_conv(x: Tensor, weight: Tensor) -> Tensor:
     if rows:
         x = (x if x.stride(2) == 1 else x.contiguous()).reshape(rows, channels)
         unit = next(unit for unit in (8, 4, 2, 1) if channels % unit == 0 and x.stride(0) % unit == 0)
-        wrap_triton(token_conv_kernel)[(triton.cdiv(channels, BLOCK_N), triton.cdiv(rows, BLOCK_M))](
+        launcher(token_conv_kernel)[(triton.cdiv(channels, BLOCK_N), triton.cdiv(rows, BLOCK_M))](
             x, weight.contiguous(), out, rows, length, channels, x.stride(0) // unit, channels // unit,
             UNIT=unit, KERNEL=weight.shape[-1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
