@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
-from mambavision.layers.mixer import MambaVisionMixer
+from mambavision.layers.mixer import MambaVisionMixer, conv_over_tokens
 from mambavision.layers.stem import Stem
 from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import MambaVisionBackbone
@@ -117,7 +117,7 @@ class FusedMixer(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
-        u = F.silu(self.conv1d(self.in_proj(x).transpose(1, 2))).transpose(1, 2)
+        u = F.silu(conv_over_tokens(self.in_proj(x), self.conv1d.weight))
         x, z = u.chunk(2, dim=-1)  # (windows, length, half) each
         dt, B, C = self.x_proj(x).split([self.channels, self.d_state, self.d_state], dim=-1)
         y = selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias, backend=self.scan_backend)

@@ -100,7 +100,7 @@ class KernelDownsample(nn.Module):
         return conv3x3(x, self.reduction.weight, stride=2)
 
 
-class KernelTokens(_CastWithExact):
+class KernelTokens(nn.Module):
     """All blocks of a window level, on its windows of tokens.
 
     Few tokens go block by block through kernels that take norm and residual along. Many go through the library's
@@ -108,16 +108,22 @@ class KernelTokens(_CastWithExact):
     at the start, and each norm takes off those that are not due yet.
     """
 
-    exact = ("early",)
     early: Tensor
 
     def __init__(self, level: Level, channels: int) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(KernelTokenBlock(cast("TokenBlock", block)) for block in level.blocks)
-        early = torch.zeros(channels, dtype=torch.float64, device=next(level.parameters()).device)
-        for block in reversed(cast("Sequence[Any]", self.blocks)):
-            early = block.bring_forward(early)
-        self.register_buffer("early", early.float())
+        self.register_buffer("early", torch.zeros(channels, device=next(level.parameters()).device))
+
+    def round_constants(self) -> None:
+        """Form what is constant anew, from weights and biases as the type that they now have rounds them."""
+        dtype = self.early.dtype
+        blocks = cast("Sequence[KernelTokenBlock]", self.blocks)
+        total = sum(block.sum_biases() for block in blocks)
+        self.early = cast("Tensor", total).to(dtype)
+        early = self.early.double()
+        for block in blocks:
+            early = block.take_off(early)
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
         windows, length, channels = x.shape
@@ -125,8 +131,7 @@ class KernelTokens(_CastWithExact):
             for block in self.blocks:
                 x = block(x)
             return x
-        x = x.reshape(-1, channels)
-        x = torch.add(x, self.early, out=torch.empty_like(x))  # (rows, channels), from here on changed in place
+        x = x.reshape(-1, channels) + self.early  # (rows, channels), from here on changed in place
         for block in self.blocks:
             cast("KernelTokenBlock", block).add_to(x, length)
         return x.view(windows, length, channels)
@@ -138,8 +143,8 @@ class KernelTokenBlock(_CastWithExact):
     exact = ("sum1", "sum2", "early1", "early2")
     sum1: Tensor
     sum2: Tensor
-    early1: Tensor | None
-    early2: Tensor | None
+    early1: Tensor
+    early2: Tensor
 
     def __init__(self, block: TokenBlock) -> None:
         super().__init__()
@@ -147,23 +152,22 @@ class KernelTokenBlock(_CastWithExact):
         self.mixer = KernelMixer(mixer) if isinstance(mixer, FusedMixer) else KernelAttention(cast("Attention", mixer))
         self.eps = block.norm1.eps
         self.fc1, self.fc2 = block.mlp.fc1, block.mlp.fc2
-        self.register_buffer("sum1", self.mixer.first.weight.float().sum(1))
-        self.register_buffer("sum2", self.fc1.weight.float().sum(1))
-        self.register_buffer("early1", None)
-        self.register_buffer("early2", None)
+        for name in self.exact:
+            self.register_buffer(name, None)
 
-    def refresh_sums(self) -> None:
-        """Sum the weights anew, as the type that they now have rounds them."""
+    def sum_biases(self) -> Tensor:
+        """All that the block's biases add to the stream, float64."""
+        bias = self.mixer.last.bias
+        return self.fc2.bias.double() if bias is None else bias.double() + self.fc2.bias.double()
+
+    def take_off(self, early: Tensor) -> Tensor:
+        """Given what the stream holds too early before the block, note it for the norms; returns it behind the block."""
         self.sum1, self.sum2 = self.mixer.first.weight.float().sum(1), self.fc1.weight.float().sum(1)
-
-    def bring_forward(self, early: Tensor) -> Tensor:
-        """Given the biases that the stream holds too early behind this block, note and return those before it."""
-        early = early + self.fc2.bias.double()
-        self.early2 = -early.float()
-        if self.mixer.last.bias is not None:
-            early = early + self.mixer.last.bias.double()
         self.early1 = -early.float()
-        return early
+        if self.mixer.last.bias is not None:
+            early = early - self.mixer.last.bias.double()
+        self.early2 = -early.float()
+        return early - self.fc2.bias.double()
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         first, last = self.mixer.first, self.mixer.last

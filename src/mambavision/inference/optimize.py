@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mambavision.config import NUM_LEVELS
 from mambavision.inference.fuse import FusedMambaVision, fuse
-from mambavision.inference.gpu import KernelTokenBlock, use_kernels
+from mambavision.inference.gpu import KernelTokens, use_kernels
 from mambavision.inference.graphs import GraphRunner
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
@@ -57,8 +57,8 @@ def optimize(
         use_kernels(fused)
     fused = fused.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in fused.modules():
-        if isinstance(module, KernelTokenBlock):
-            module.refresh_sums()
+        if isinstance(module, KernelTokens):
+            module.round_constants()
     optimized: Any = fused
     optimized.__class__ = _OptimizedClassifier if isinstance(fused, MambaVision) else _OptimizedBackbone
     optimized.tune_kernels = mode == "full"

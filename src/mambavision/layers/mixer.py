@@ -55,8 +55,8 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (windows, length, half) each
-        x = F.silu(_conv_over_tokens(self.conv1d_x, x))
-        z = F.silu(_conv_over_tokens(self.conv1d_z, z))
+        x = F.silu(conv_over_tokens(x, self.conv1d_x.weight))
+        z = F.silu(conv_over_tokens(z, self.conv1d_z.weight))
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)  # (windows, length, half)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
@@ -65,5 +65,23 @@ class MambaVisionMixer(nn.Module):
         return self.out_proj(torch.cat([y, z], dim=-1))
 
 
-def _conv_over_tokens(conv: nn.Conv1d, x: Tensor) -> Tensor:  # (windows, length, half), the same out
-    return conv(x.transpose(1, 2)).transpose(1, 2)
+def conv_over_tokens(x: Tensor, weight: Tensor) -> Tensor:
+    """Each channel's convolution over the tokens, zeros beyond both ends.
+
+    Written as a product a tap: libraries transpose for this convolution and have no fast backward for it, and a
+    compiler makes one pass of the products and what follows.
+
+    Args:
+        x: (windows, length, channels).
+        weight: as `nn.Conv1d` has it, (channels, 1, kernel), kernel odd.
+
+    Returns:
+        (windows, length, channels) in the type of x.
+    """
+    taps = weight.to(x.dtype).squeeze(1).unbind(1)
+    length, reach = x.shape[1], len(taps) // 2
+    padded = F.pad(x, (0, 0, reach, reach))
+    y = padded[:, :length] * taps[0]
+    for place, tap in enumerate(taps[1:], start=1):
+        y = y + padded[:, place : place + length] * tap
+    return y

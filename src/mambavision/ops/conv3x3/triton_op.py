@@ -29,7 +29,8 @@ def candidates(pixels: int, columns: int, channels: int) -> list[Tile]:
         ours = [Tile(128, 128, 64, 4, 3, rest), Tile(256, 128, 64, 8, 3, rest)]
     else:
         ours = [Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)]
-    return [LIBRARY, *ours] if channels >= WIDE_FROM else [*ours, LIBRARY]
+    # Neither do tiles fit a number of channels that 16 does not divide.
+    return [LIBRARY, *ours] if channels >= WIDE_FROM or columns % 16 else [*ours, LIBRARY]
 
 
 @triton_op("mambavision::conv3x3", mutates_args=())

@@ -1,0 +1,115 @@
+"""Training steps on a GPU: images a second and peak memory, ours beside a peer of timm's in one run.
+
+    python benchmarks/gpu_training.py
+
+A step is forward, loss, backward and a fused AdamW update on random pictures that lie on the GPU, in bfloat16 autocast and
+channels-last. Each way is measured by itself in a process of its own, so that the peak is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+from results_file import write_results
+
+BATCH = 128
+# Model, and how: compiled, with gradient checkpointing.
+WAYS = (
+    ("mamba_vision_T", True, False),
+    ("mamba_vision_T", False, False),
+    ("mamba_vision_T", True, True),
+    ("mamba_vision_B", True, False),
+    ("convnext_tiny", True, False),
+    ("convnext_tiny", False, False),
+)
+
+
+def measure(name: str, compiled: bool, checkpointing: bool, steps: int) -> dict[str, Any]:
+    """One row."""
+    if name.startswith("mamba_vision"):
+        from mambavision import create_model
+
+        model = create_model(name, device="cuda")
+    else:
+        import timm
+
+        model = timm.create_model(name).cuda()
+    torch.backends.cudnn.benchmark = True  # as `mambavision train` does
+    model = model.train().to(memory_format=torch.channels_last)
+    model.set_grad_checkpointing(checkpointing)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    run = torch.compile(model) if compiled else model
+    images = torch.randn(BATCH, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
+    labels = torch.randint(1000, (BATCH,), device="cuda")
+
+    def step() -> torch.Tensor:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = F.cross_entropy(run(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    for _ in range(5):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(steps):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        loss = step()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    if not torch.isfinite(loss):
+        raise RuntimeError(f"The loss of {name} is {loss.item()}.")
+    milliseconds = statistics.median(times)
+    return {
+        "model": name,
+        "way": ("compiled" if compiled else "eager") + (", checkpointing" if checkpointing else ""),
+        "images_per_second": round(1e3 * BATCH / milliseconds),
+        "milliseconds": round(milliseconds, 2),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+    }
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # a row of WAYS, in its own process
+    arguments = parser.parse_args()
+    if arguments.only is not None:
+        print(json.dumps(measure(*WAYS[arguments.only], arguments.steps)))
+        return
+    rows = []
+    for number in range(len(WAYS)):
+        command = [sys.executable, __file__, "--only", str(number), "--steps", str(arguments.steps)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(done.stderr)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    peer = next(row["images_per_second"] for row in rows if row["model"] == "convnext_tiny")
+    for row in rows:
+        row["relative_to_convnext_tiny"] = round(row["images_per_second"] / peer, 2)
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    note = f"Batch {BATCH}, 224 px, bfloat16 autocast, channels-last, fused AdamW; median of {arguments.steps} steps."
+    write_results("gpu_training", rows, note=note)
+
+
+if __name__ == "__main__":
+    main()
