@@ -26,6 +26,7 @@ from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
+from mambavision.ops.window_attention import window_attention
 
 CHANNEL_UNIT = 8  # 16 bytes: what a GPU loads at once
 # Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
@@ -127,7 +128,7 @@ class KernelTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
         windows, length, channels = x.shape
-        if not x.is_cuda or (windows * length <= FEW_ROWS and channels <= FEW_CHANNELS):
+        if takes_few(x):
             for block in self.blocks:
                 x = block(x)
             return x
@@ -135,6 +136,12 @@ class KernelTokens(nn.Module):
         for block in self.blocks:
             cast("KernelTokenBlock", block).add_to(x, length)
         return x.view(windows, length, channels)
+
+
+def takes_few(x: Tensor) -> bool:
+    """Whether tokens x, (windows, length, channels), go block by block."""
+    windows, length, channels = x.shape
+    return not x.is_cuda or (windows * length <= FEW_ROWS and channels <= FEW_CHANNELS)
 
 
 class KernelTokenBlock(_CastWithExact):
@@ -245,10 +252,7 @@ class KernelAttention(nn.Module):
         return first, last
 
     def forward(self, qkv: Tensor) -> Tensor:  # (windows, length, 3 x heads x width) -> (windows, length, heads x width)
-        windows, length, _ = qkv.shape
-        q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (windows, heads, length, width)
-        return x.transpose(1, 2).reshape(windows, length, -1)
+        return window_attention(qkv, self.num_heads, scale=self.scale)
 
 
 def _padded(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:

@@ -55,13 +55,18 @@ def optimize(
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if dtype in HALVES:
         use_kernels(fused)
+    return finished(fused, dtype=dtype, tune=mode == "full")
+
+
+def finished(fused: MambaVisionBackbone, *, dtype: torch.dtype, tune: bool) -> MambaVisionBackbone:
+    """`fused`, cast, with its constants formed and with graphs where the device has them; `optimize` calls it last."""
     fused = fused.to(dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     for module in fused.modules():
         if isinstance(module, KernelTokens):
             module.round_constants()
     optimized: Any = fused
     optimized.__class__ = _OptimizedClassifier if isinstance(fused, MambaVision) else _OptimizedBackbone
-    optimized.tune_kernels = mode == "full"
+    optimized.tune_kernels = tune
     # The stem's kernel reads pictures as they come; PyTorch's own convolutions want channels-last.
     layout = torch.contiguous_format if dtype in HALVES else torch.channels_last
     optimized.graphs = GraphRunner(dtype=dtype, memory_format=layout)
@@ -103,7 +108,11 @@ class _Optimized(MambaVisionBackbone):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Optimized:
         self.graphs.clear()
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        super()._apply(fn, recurse)
+        for module in self.modules():
+            if isinstance(module, KernelTokens):
+                module.round_constants()
+        return self
 
     def _check_dtype(self, x: Tensor) -> None:
         if not x.dtype.is_floating_point:

@@ -55,8 +55,11 @@ def linear_kernel(
         # In a loop of its own: the product's loop leaves x in shared memory, where threads may not look at it.
         total = tl.zeros([BLOCK_M], tl.float32)
         squares = tl.zeros([BLOCK_M], tl.float32)
-        for start in range(0, inner, BLOCK_K):
-            wide = tl.load(x_at + start, mask=(start + k < inner)[None, :], other=0.0).to(tl.float32)
+        # In wide steps, since nothing hides their latency.
+        part = tl.arange(0, 256)
+        row_at = x + (row % rows).to(tl.int64)[:, None] * (x_row * UNIT) + part[None, :]
+        for start in range(0, inner, 256):
+            wide = tl.load(row_at + start, mask=(start + part < inner)[None, :], other=0.0).to(tl.float32)
             total += tl.sum(wide, 1)
             squares += tl.sum(wide * wide, 1)
     weight_at = weight + (column % columns)[None, :] * inner + k[:, None]

@@ -1,0 +1,288 @@
+"""The ops of the inference path: each kernel against float64, on a GPU or interpreted, and each reference likewise."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mambavision.ops.activation import activate
+from mambavision.ops.backend import Situation, refuse_inference_kernels
+from mambavision.ops.conv3x3 import conv3x3
+from mambavision.ops.layer_norm import layer_norm
+from mambavision.ops.linear import linear
+from mambavision.ops.stem import stem
+from mambavision.ops.token_conv import token_conv
+
+pytest.importorskip("triton", "3.3")
+
+from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.layer_norm import triton_op as layer_norm_op  # noqa: E402
+from mambavision.ops.linear import triton_op as linear_op  # noqa: E402
+from mambavision.ops.stem import triton_op as stem_op  # noqa: E402
+from mambavision.ops.tiles import Tile, choose, is_large, measuring, small_tiles  # noqa: E402
+from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+# On a GPU float32 products are cut to TF32, and the ops refuse it; Triton's interpreter cannot multiply bfloat16.
+TYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+
+
+def random(*shape, dtype, scale=1.0):
+    return (scale * torch.randn(*shape)).to(dtype).to(DEVICE)
+
+
+def wide(*tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def distance(actual, expected):
+    return (actual.double() - expected).norm().item()
+
+
+def check(actual, usual, expected):
+    """At most twice as far from float64 as PyTorch in the same type, and of its shape and type."""
+    assert actual.shape == usual.shape
+    assert actual.dtype == usual.dtype
+    allowed = 4e-5 * expected.numel() ** 0.5  # by the kernels' GELU
+    assert distance(actual, expected) <= 2 * distance(usual, expected) + allowed
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.dtype.is_floating_point else made
+
+    monkeypatch.setattr(torch, "empty", filled)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("norm", "residual", "bias"), [(True, True, True), (False, False, False), (True, False, True)])
+def test_linear(dtype, activation, norm, residual, bias, poisoned):
+    x, weight = random(3, 11, 40, dtype=dtype) + 0.5, random(24, 40, dtype=dtype, scale=0.2)
+    arguments = (
+        random(24, dtype=dtype) if bias else None,
+        random(3, 11, 24, dtype=dtype) if residual else None,
+        1e-5 if norm else None,
+        None,
+        activation,
+    )
+    truth = linear(*wide(x, weight, arguments[0]), residual=wide(arguments[1])[0], norm_eps=arguments[2],
+                   activation=activation)  # fmt: skip
+    usual = linear(x, weight, arguments[0], residual=arguments[1], norm_eps=arguments[2], activation=activation,
+                   backend="reference")  # fmt: skip
+    weight_sum = weight.float().sum(1) if norm else None
+    found = linear_op.linear(x, weight, arguments[0], arguments[1], weight_sum, 1e-5, activation)
+    check(found, usual, truth)
+
+
+@pytest.mark.parametrize("tile", [*small_tiles(196, 320), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4)], ids=str)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 64, 16), (35, 72, 40), (130, 33, 7)])
+def test_linear_tiles(tile, rows, inner, columns, poisoned):
+    """Every tile, at sizes that no tile divides, single rows and odd channels; x part of wider rows."""
+    dtype = TYPES[-1]
+    x, weight = random(rows, 2 * inner, dtype=dtype)[:, :inner], random(columns, inner, dtype=dtype, scale=0.1)
+    truth = linear(*wide(x, weight), norm_eps=1e-5)
+    usual = linear(x, weight, norm_eps=1e-5, backend="reference")
+    out = torch.empty(rows, columns, dtype=dtype, device=DEVICE)
+    linear_op.launch(x, weight, None, None, weight.float().sum(1), 1e-5, "none", out, tile)
+    check(out, usual, truth)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("channels", "columns", "height", "width"), [(16, 24, 9, 7), (40, 80, 1, 5), (3, 5, 4, 4)])
+def test_conv3x3(dtype, stride, activation, channels, columns, height, width, poisoned):
+    x = random(2, channels, height, width, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = random(columns, channels, 3, 3, dtype=dtype, scale=0.1)
+    bias = random(columns, dtype=dtype)
+    residual = random(2, columns, -(-height // stride), -(-width // stride), dtype=dtype) if stride == 1 else None
+    truth = conv3x3(*wide(x, weight, bias), residual=wide(residual)[0], stride=stride, activation=activation)
+    usual = conv3x3(x, weight, bias, residual=residual, stride=stride, activation=activation, backend="reference")
+    found = conv3x3_op.conv3x3(x, weight, bias, residual, stride, activation)
+    check(found, usual, truth)
+
+
+@pytest.mark.parametrize(
+    "tile", [conv3x3_op.LIBRARY, Tile(32, 16, 64, 4, 2, 16), Tile(128, 128, 64, 4, 3, 32)], ids=str
+)
+def test_conv3x3_tiles(tile, poisoned):
+    """A library's convolution with the kernel behind it, and tiles with a tail, on a view of a map with more channels."""
+    dtype = TYPES[-1]
+    x = random(2, 40, 6, 5, dtype=dtype).contiguous(memory_format=torch.channels_last)[:, :32]
+    weight, residual = random(80, 32, 3, 3, dtype=dtype, scale=0.1), random(2, 80, 6, 5, dtype=dtype)
+    truth = conv3x3(*wide(x, weight), residual=residual.double(), activation="gelu_tanh")
+    usual = conv3x3(x, weight, residual=residual, activation="gelu_tanh", backend="reference")
+    check(conv3x3_op.launch(x, weight, None, residual, 1, "gelu_tanh", tile), usual, truth)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize(("windows", "length", "channels"), [(1, 1, 8), (3, 10, 40), (2, 49, 7)])
+def test_token_conv(dtype, kernel, windows, length, channels, poisoned):
+    x, weight = random(windows, length, 2 * channels, dtype=dtype)[..., :channels], random(channels, kernel, dtype=dtype)
+    usual = token_conv(x, weight, backend="reference")
+    check(token_conv_op.token_conv(x, weight), usual, token_conv(*wide(x, weight)))
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 7, 40), (5, 700)], ids=str)
+def test_layer_norm(dtype, offset, shape, poisoned):
+    x = random(*shape, dtype=dtype) + 3
+    shift = random(shape[-1], dtype=torch.float32) if offset else None
+    truth = layer_norm(*wide(x, shift), eps=1e-5)
+    usual = layer_norm(x, shift, eps=1e-5, backend="reference")
+    check(layer_norm_op.layer_norm(x, shift, 1e-5), usual, truth)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("strides", [(2, 2), (1, 1)])
+@pytest.mark.parametrize("pictures", [(2, 3, 21, 18), (1, 1, 1, 1), (1, 4, 5, 33)], ids=str)
+@pytest.mark.parametrize("two_steps", [False, True])
+def test_stem(dtype, strides, pictures, two_steps, poisoned, monkeypatch):
+    monkeypatch.setattr(stem_op, "TWO_STEPS_FROM", 1 if two_steps else 10**9)
+    x = random(*pictures, dtype=torch.float32)  # the weights' type decides, not the pictures'
+    weight1, bias1 = random(16, pictures[1], 3, 3, dtype=dtype, scale=0.2), random(16, dtype=dtype)
+    weight2, bias2 = random(24, 16, 3, 3, dtype=dtype, scale=0.1), random(24, dtype=dtype)
+    truth = stem(*wide(x.to(dtype), weight1, bias1, weight2, bias2), strides=strides)
+    usual = stem(x, weight1, bias1, weight2, bias2, strides=strides, backend="reference")
+    check(stem_op.stem(x, weight1, bias1, weight2, bias2, *strides), usual, truth)
+
+
+def test_an_empty_batch_has_an_empty_result():
+    dtype = TYPES[-1]
+    x, weight = random(0, 8, 4, 4, dtype=dtype), random(16, 8, 3, 3, dtype=dtype)
+    assert conv3x3_op.conv3x3(x, weight, None, None, 2, "none").shape == (0, 16, 2, 2)
+    assert linear_op.linear(random(0, 5, 8, dtype=dtype), weight[:, :, 0, 0], None, None, None, 0.0, "none").shape == (
+        0, 5, 16,
+    )  # fmt: skip
+    assert token_conv_op.token_conv(random(0, 5, 8, dtype=dtype), random(8, 3, dtype=dtype)).shape == (0, 5, 8)
+    assert layer_norm_op.layer_norm(random(0, 8, dtype=dtype), None, 1e-5).shape == (0, 8)
+
+
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [
+        (Situation("cpu", torch.bfloat16), "no GPU"),
+        (Situation("cuda", torch.float32), "16-bit"),
+        (Situation("cuda", torch.bfloat16, differentiated=True), "no backward"),
+    ],
+)
+def test_the_kernels_refuse_what_they_cannot_do(situation, reason):
+    assert reason in refuse_inference_kernels(situation)
+    assert refuse_inference_kernels(Situation("cuda", torch.float16)) is None
+
+
+def test_a_request_that_cannot_be_met_gives_the_reason():
+    with pytest.raises(RuntimeError, match=r"triton.*linear.*cannot run here"):
+        linear(torch.ones(2, 4), torch.ones(3, 4), backend="triton")
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match="x must have 4 channels"):
+        linear(torch.ones(2, 5), torch.ones(3, 4))
+    with pytest.raises(ValueError, match="residual must be"):
+        linear(torch.ones(2, 4), torch.ones(3, 4), residual=torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"weight must be \(columns, 5, 3, 3\)"):
+        conv3x3(torch.ones(1, 5, 4, 4), torch.ones(3, 4, 3, 3))
+    with pytest.raises(ValueError, match="weight must be"):
+        token_conv(torch.ones(1, 5, 4), torch.ones(4, 2))
+    with pytest.raises(ValueError, match="activation must be"):
+        activate(torch.ones(1), "swish")
+
+
+def test_little_work_gets_small_tiles_and_much_work_large_ones():
+    assert not is_large(196, 1280)
+    assert is_large(25088, 320)
+    assert small_tiles(196, 1280)[0].columns == 64
+    assert small_tiles(49, 640)[0].columns == 16
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks at what happens without a GPU's clock")
+def test_a_choice_is_kept(monkeypatch):
+    from mambavision.ops import tiles
+
+    monkeypatch.setattr(tiles, "_chosen", {})
+    monkeypatch.setattr(tiles, "_milliseconds", lambda run, tile: (run(tile), tile.rows)[1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    candidates, runs = [Tile(64, 1, 1, 1, 1), Tile(32, 1, 1, 1, 1)], []
+    assert choose("key", candidates, runs.append) == candidates[0]  # by rule
+    assert not runs
+    with measuring():
+        assert choose("key", candidates, runs.append) == candidates[1]  # by time
+    assert len(runs) == 2
+    assert choose("key", candidates, runs.append) == candidates[1]
+    assert len(runs) == 2
+
+
+# --- what only a GPU shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(25088, 320, 1280), (6272, 640, 640), (49, 2560, 640)])
+def test_linear_at_the_sizes_of_the_networks(dtype, rows, inner, columns, poisoned):
+    """Repeated, since a race would show now and then only."""
+    x, weight = random(rows, inner, dtype=dtype) + 0.5, random(columns, inner, dtype=dtype, scale=inner**-0.5)
+    truth = linear(*wide(x, weight), norm_eps=1e-5, activation="gelu")
+    usual = linear(x, weight, norm_eps=1e-5, activation="gelu", backend="reference")
+    for tile in linear_op.candidates(rows, columns):
+        out = torch.empty(rows, columns, dtype=dtype, device=DEVICE)
+        for _ in range(3):
+            linear_op.launch(x, weight, None, None, weight.float().sum(1), 1e-5, "gelu", out, tile)
+            check(out, usual, truth)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("channels", "columns", "side", "stride"), [(80, 80, 56, 1), (160, 160, 28, 1), (80, 160, 56, 2), (200, 392, 28, 2)]
+)
+def test_conv3x3_at_the_sizes_of_the_networks(channels, columns, side, stride, poisoned):
+    dtype = torch.bfloat16
+    x = random(16, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = random(columns, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5), random(columns, dtype=dtype)
+    truth = conv3x3(*wide(x, weight, bias), stride=stride, activation="gelu_tanh")
+    usual = conv3x3(x, weight, bias, stride=stride, activation="gelu_tanh", backend="reference")
+    pixels = 16 * (side // stride) ** 2
+    for tile in conv3x3_op.candidates(pixels, columns, channels):
+        check(conv3x3_op.launch(x, weight, bias, None, stride, "gelu_tanh", tile), usual, truth)
+
+
+@pytest.mark.gpu
+def test_the_operators_are_registered_as_torch_asks():
+    dtype = torch.bfloat16
+    x, weight = random(4, 16, 64, dtype=dtype), random(32, 64, dtype=dtype)
+    torch.library.opcheck(linear_op.linear, (x, weight, None, None, weight.float().sum(1), 1e-5, "gelu"))
+    torch.library.opcheck(token_conv_op.token_conv, (x, random(64, 3, dtype=dtype)))
+    torch.library.opcheck(layer_norm_op.layer_norm, (x, None, 1e-5))
+    maps = random(2, 16, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(conv3x3_op.conv3x3, (maps, random(32, 16, 3, 3, dtype=dtype), None, None, 1, "relu"))
+    pictures, weights = random(2, 3, 16, 16, dtype=dtype), random(16, 3, 3, 3, dtype=dtype)
+    bias = random(16, dtype=dtype)
+    torch.library.opcheck(stem_op.stem, (pictures, weights, bias, random(16, 16, 3, 3, dtype=dtype), bias, 2, 2))
+
+
+@pytest.mark.gpu
+def test_they_compile():
+    dtype = torch.bfloat16
+    x, weight = random(4, 16, 64, dtype=dtype), random(32, 64, dtype=dtype)
+
+    def function(x):
+        return linear(token_conv(x, weight[:, :1].repeat(2, 3)), weight, norm_eps=1e-5, activation="gelu")
+
+    torch.testing.assert_close(
+        torch.compile(function, fullgraph=True)(x), function(x), rtol=2e-2, atol=2e-2
+    )
+
+
+def test_references_are_what_pytorch_computes():
+    x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
+    expected = F.gelu(F.linear(F.layer_norm(x, (8,), eps=1e-5), weight)) + 1
+    torch.testing.assert_close(linear(x, weight, residual=torch.ones(2, 5, 6), norm_eps=1e-5, activation="gelu"), expected)

@@ -1,0 +1,170 @@
+"""`optimize`: the same results from kernels and graphs, on a GPU; its parts through their references elsewhere."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+from deterministic_weights import deterministic_images
+from mambavision import create_model
+from mambavision.inference import gpu, optimize as module
+from mambavision.inference.fuse import fuse
+from mambavision.inference.graphs import MAX_GRAPHS, GraphRunner
+from mambavision.inference.optimize import optimize
+from test_fuse import outputs, trained
+
+TINY = "mamba_vision_test_tiny"
+# Channels and heads that must be padded: 12 is no multiple of 8, and neither are heads of 12.
+PADDED = {"dim": 12, "num_heads": (1, 1, 4, 8)}
+
+
+def difference(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def with_kernels(model):
+    """What `optimize` makes on a GPU, without graphs and in the model's type, on any device."""
+    fused = fuse(model)
+    gpu.use_kernels(fused)
+    return module.finished(fused, dtype=next(model.parameters()).dtype, tune=False)
+
+
+@pytest.fixture(params=["few", "many"])
+def amount(request, monkeypatch):
+    """Both ways that tokens go; elsewhere than on a GPU the second is asked for by name."""
+    monkeypatch.setattr(gpu, "takes_few", lambda x: request.param == "few")
+
+
+@pytest.mark.parametrize("arguments", [{}, PADDED, {"layer_scale": None, **PADDED}, {"features_only": True, **PADDED}])
+def test_the_kernels_network_computes_the_same(arguments, amount):
+    model = trained(**arguments).eval()
+    images = torch.randn(2, 3, 70, 64)
+    for actual, expected in zip(outputs(with_kernels(model), images), outputs(model, images), strict=True):
+        assert actual.shape == expected.shape
+        assert difference(actual, expected) < 2e-5  # GELU in its tanh form included
+
+
+def test_types_at_the_border_are_those_of_the_pictures():
+    network = with_kernels(trained().eval()).to(torch.bfloat16)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        assert network(torch.randn(1, 3, 64, 64, dtype=dtype)).dtype == dtype
+    with pytest.raises(ValueError, match="floating type"):
+        network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="pictures as"):
+        network(torch.zeros(1, 4, 64, 64))
+
+
+def test_the_head_can_be_replaced():
+    network = with_kernels(trained().eval())
+    network.reset_classifier(3)
+    images = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(network(images), network.forward_head(network.forward_features(images)))
+
+
+def test_copies_have_no_graphs():
+    network = with_kernels(trained().eval())
+    images = torch.randn(1, 3, 64, 64)
+    for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        torch.testing.assert_close(twin(images), network(images))
+        assert twin.graphs is not network.graphs
+
+
+def test_unknown_modes_are_refused():
+    with pytest.raises(ValueError, match="mode must be one of instant, full"):
+        optimize(create_model(TINY), mode="fast")
+
+
+# --- what only a GPU shows --------------------------------------------------------------------------------------------
+
+ERRORS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(ERRORS), ids=str)
+@pytest.mark.parametrize("name", ["mamba_vision_T", "mamba_vision_L", "mamba_vision_nano_32"])
+def test_logits_stay_close_to_float32(name, dtype):
+    model = create_model(name, pretrained=name.endswith("nano_32"), device="cuda").eval()
+    network = optimize(model, dtype=dtype)
+    for batch in (1, 3, 32):
+        images = deterministic_images(batch, *model.config.preprocessing.img_size).cuda()
+        with torch.no_grad():
+            assert difference(network(images), model(images)) < ERRORS[dtype]
+
+
+@pytest.mark.gpu
+def test_other_sizes_and_maps_are_right():
+    model = create_model("mamba_vision_T", device="cuda", features_only=True).eval()
+    network = optimize(model)
+    images = deterministic_images(2, 200, 312).cuda()
+    with torch.no_grad():
+        for actual, expected in zip(network(images), model(images), strict=True):
+            assert actual.shape == expected.shape
+            assert difference(actual, expected) < 1e-2
+
+
+@pytest.mark.gpu
+def test_graphs_are_replayed_for_new_pictures_and_bounded_in_number():
+    model = trained().eval().cuda()
+    network = optimize(model)
+    images = [torch.randn(2, 3, 64, 64, device="cuda") for _ in range(3)]
+    with torch.no_grad():
+        results = [network(x) for x in images]
+        for result, x in zip(results, images, strict=True):  # none was overwritten by the next
+            assert difference(result, model(x)) < 3e-2
+        for batch in range(1, MAX_GRAPHS + 4):
+            network(torch.randn(batch, 3, 64, 64, device="cuda"))
+        assert len(network.graphs._recorded) == MAX_GRAPHS
+        assert network(images[0][:0]).shape == (0, model.num_classes)
+
+
+@pytest.mark.gpu
+def test_the_model_and_its_gradients_are_left_alone():
+    model = trained().eval().cuda()
+    before = copy.deepcopy(model.state_dict())
+    network = optimize(model)
+    images = torch.randn(1, 3, 64, 64, device="cuda", requires_grad=True)
+    network(images).sum().backward()  # through the ops' references
+    assert images.grad is not None
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_full_mode_measures_and_agrees():
+    model = trained(dim=80, num_heads=(1, 1, 2, 4)).eval().cuda()
+    images = torch.randn(4, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        assert difference(optimize(model, mode="full")(images), model(images)) < 3e-2
+
+
+@pytest.mark.gpu
+def test_a_runner_follows_changed_weights_and_works_inside_another_graph():
+    network = optimize(trained().eval().cuda())
+    images = torch.randn(1, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        first = network(images)
+        for parameter in network.parameters():
+            parameter.mul_(0.9)
+        assert difference(network(images), first) > 1e-3
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            inside = network(images)
+        graph.replay()
+        torch.testing.assert_close(inside, network(images), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_float32_stays_exact():
+    model = trained().eval().cuda()
+    images = torch.randn(2, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        assert difference(optimize(model, dtype=torch.float32)(images), model(images)) < 1e-4
+
+
+@pytest.mark.gpu
+def test_a_runner_gives_copies():
+    runner = GraphRunner(dtype=torch.float32)
+    a, b = (torch.full((4,), value, device="cuda") for value in (1.0, 2.0))
+    first = runner.run(lambda x: [x + 1, x * 2], a)
+    runner.run(lambda x: [x + 1, x * 2], b)
+    assert first[0].tolist() == [2.0] * 4
