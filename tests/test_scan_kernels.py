@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("triton", "3.3")
 
 from mambavision.ops.selective_scan import kernels, triton_op  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.selective_scan.chunked import selective_scan_chunked  # noqa: E402
 from mambavision.ops.selective_scan.reference import selective_scan_reference  # noqa: E402
 from mambavision.ops.selective_scan.triton_op import Cut, cut, selective_scan_triton  # noqa: E402
 
@@ -47,8 +48,10 @@ def check(tensors, grad_y):
     """Values and gradients are at most twice as far from float64 as the reference's in the same type."""
     # Triton's interpreter cuts to bfloat16 where a GPU rounds, which errs twice as far, always to one side.
     factor = 6 if DEVICE == "cpu" and tensors[0].dtype == torch.bfloat16 else 2
-    truth = gradients(selective_scan_reference, tensors, grad_y, torch.float64)
-    plain = gradients(selective_scan_reference, tensors, grad_y)
+    # Step by step where that is quick; test_selective_scan.py holds the other form to it.
+    pytorch = selective_scan_reference if tensors[0].shape[1] <= 256 else selective_scan_chunked
+    truth = gradients(pytorch, tensors, grad_y, torch.float64)
+    plain = gradients(pytorch, tensors, grad_y)
     found = gradients(selective_scan_triton, tensors, grad_y)
     for name, actual, usual, expected in zip(("y", *NAMES), found, plain, truth, strict=True):
         if expected is not None:
@@ -103,6 +106,15 @@ def test_extreme_steps_stay_finite_and_exact():
     tensors = inputs(1, 6, 32, 8)
     tensors[1] = torch.linspace(-90, 90, 6 * 32, device=DEVICE).reshape(1, 6, 32)
     check(tensors, torch.randn(1, 6, 32, device=DEVICE))
+
+
+@pytest.mark.parametrize("length", [1, 9, 40])
+def test_in_place_it_gives_the_same(length):
+    tensors = inputs(2, length, 33, 8, strided=True)
+    with torch.no_grad():
+        expected = selective_scan_triton(*tensors)
+        triton_op.scan_(*tensors)
+    torch.testing.assert_close(tensors[0], expected, rtol=0, atol=0)
 
 
 def test_an_empty_batch_has_an_empty_result():

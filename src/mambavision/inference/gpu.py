@@ -20,13 +20,12 @@ from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import TokenBlock
 from mambavision.layers.window import window_partition, window_reverse
 from mambavision.models.backbone import Level, MambaVisionBackbone
-from mambavision.ops import selective_scan_
+from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.conv3x3 import conv3x3
 from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
-from mambavision.ops.window_attention import window_attention
 
 CHANNEL_UNIT = 8  # 16 bytes: what a GPU loads at once
 # Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
@@ -141,7 +140,9 @@ class KernelTokens(nn.Module):
 def takes_few(x: Tensor) -> bool:
     """Whether tokens x, (windows, length, channels), go block by block."""
     windows, length, channels = x.shape
-    return not x.is_cuda or (windows * length <= FEW_ROWS and channels <= FEW_CHANNELS)
+    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+        return True
+    return windows * length <= FEW_ROWS and channels <= FEW_CHANNELS
 
 
 class KernelTokenBlock(_CastWithExact):
@@ -219,6 +220,9 @@ class KernelMixer(_CastWithExact):
         u = token_conv(u, self.conv)
         x = u[..., : self.channels]
         dt, B, C = F.linear(x, self.x_proj.weight).split([self.channels, self.d_state, self.d_state], dim=-1)
+        if torch.is_grad_enabled() and u.requires_grad:  # nothing may be overwritten
+            y = selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias)
+            return torch.cat([y, u[..., self.channels :]], dim=-1)
         selective_scan_(x, dt, self.A, B, C, self.D, self.dt_bias)
         return u
 
@@ -252,7 +256,12 @@ class KernelAttention(nn.Module):
         return first, last
 
     def forward(self, qkv: Tensor) -> Tensor:  # (windows, length, 3 x heads x width) -> (windows, length, heads x width)
-        return window_attention(qkv, self.num_heads, scale=self.scale)
+        windows, length, _ = qkv.shape
+        if windows == 0:  # which not every fused kernel takes
+            return qkv[..., : self.num_heads * self.width]
+        q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (windows, heads, length, width)
+        return x.transpose(1, 2).reshape(windows, length, -1)
 
 
 def _padded(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:

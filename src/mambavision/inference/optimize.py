@@ -120,12 +120,13 @@ class _Optimized(MambaVisionBackbone):
 
     @contextmanager
     def _settings(self, x: Tensor) -> Iterator[None]:
-        with (
-            torch.autocast(x.device.type, enabled=False),
-            torch.backends.cudnn.flags(enabled=True, benchmark=True),
-            measuring() if self.tune_kernels else nullcontext(),
-        ):
-            yield
+        benchmark = torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = True
+        try:
+            with torch.autocast(x.device.type, enabled=False), measuring() if self.tune_kernels else nullcontext():
+                yield
+        finally:
+            torch.backends.cudnn.benchmark = benchmark
 
 
 class _OptimizedBackbone(_Optimized):

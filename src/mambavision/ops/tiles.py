@@ -74,6 +74,8 @@ def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], obje
         candidates: the tiles that fit, the one to take without measuring first.
         run: launches the kernel with a tile; may run any number of times.
     """
+    if not _chosen and not _measuring:  # nor can sizes be looked up while a compiler traces with symbols for them
+        return candidates[0]
     if key in _chosen:
         return _chosen[key]
     if _measuring and is_precompiling():

@@ -18,8 +18,6 @@ A long sequence is cut into chunks that walk side by side: `walk_kernel` first t
 `stitch_kernel` makes of it the state that enters each, and a second walk starts there (`STARTS`). The backward walks
 likewise in reverse, making each group's states anew from the one that `walk_kernel` saved at its start (`SAVE`).
 
-Few short sequences go through `short_kernel`, which does all three in one launch.
-
 Shapes: x, dt, y (batch, length, channels); A (channels, N); B, C (batch, length, N); states (batch, ..., N, channels).
 Source: Gu & Dao, "Mamba" (arXiv 2312.00752), section 3.3, for scanning in fast memory and for recomputation.
 """
@@ -224,110 +222,6 @@ def walk_kernel(
             number = _state_numbers(group, WIDTH, PAIRED)
             tl.store(ends + (slot * N + number) * channels + channel[None, :], h[group], mask=inside[None, :])
         tl.store(sums + slot * channels + channel, total, mask=inside)
-
-
-@triton.jit
-def _joined(decay_a, h_a, decay_b, h_b):
-    """Two stretches of a sequence, one after the other, as one."""
-    return decay_a * decay_b, decay_b * h_a + h_b
-
-
-@triton.jit
-def short_kernel(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    dt_bias,
-    y,
-    x_batch,
-    dt_batch,
-    B_batch,
-    C_batch,
-    y_batch,
-    length,
-    channels,
-    x_row: tl.constexpr,
-    dt_row: tl.constexpr,
-    B_row: tl.constexpr,
-    C_row: tl.constexpr,
-    y_row: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    CHUNK: tl.constexpr,  # tokens in a chunk, a multiple of GROUP
-    GROUP: tl.constexpr,
-    HAS_D: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """Few short sequences: a warp walks a chunk, and the program stitches its warps' states itself.
-
-    Twice over the tokens, as `walk_kernel`, `stitch_kernel` and `walk_kernel`, in one launch. In the first pass a warp
-    walks the chunk before its own, so that the scan over the warps gives each the state that enters its chunk.
-    Grid: (blocks of channels, batch). Each tensor is (CHUNKS, BLOCK).
-    """
-    batch = tl.program_id(1).to(tl.int64)
-    channel = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
-    inside = channel < channels
-    chunk = tl.arange(0, CHUNKS)[:, None]
-    nothing = tl.zeros([CHUNKS, BLOCK], tl.float32)
-    skip = nothing
-    bias = nothing
-    if HAS_D:
-        skip += tl.load(D + channel, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        bias += tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
-    rates, h = (), ()
-    for n in tl.static_range(N):
-        rates = rates + (tl.load(A + channel * N + n, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634,)
-        h = h + (nothing,)
-    total = nothing
-    x += batch * x_batch
-    dt += batch * dt_batch
-    B += batch * B_batch
-    C += batch * C_batch
-    y += batch * y_batch
-
-    for pass_number in tl.static_range(2):
-        for start in range(0, CHUNK, GROUP):
-            tokens, dts, Bs, Cs = (), (), (), ()
-            for k in tl.static_range(GROUP):
-                token = (chunk - 1 + pass_number) * CHUNK + start + k
-                there = (token >= 0) & (token < length)
-                tokens = tokens + (tl.load(x + token * x_row + channel, mask=there & inside, other=0.0),)
-                dts = dts + (tl.load(dt + token * dt_row + channel, mask=there & inside, other=0.0),)
-                for n in tl.static_range(N):
-                    Bs = Bs + (tl.load(B + token * B_row + n, mask=there, other=0.0),)
-                    if pass_number == 1:
-                        Cs = Cs + (tl.load(C + token * C_row + n, mask=there, other=0.0),)
-            for k in tl.static_range(GROUP):
-                token = (chunk - 1 + pass_number) * CHUNK + start + k
-                there = (token >= 0) & (token < length)
-                _, step = _softplus(dts[k].to(tl.float32) + bias)
-                step = tl.where(there, step, 0.0)  # before the first chunk nothing decays
-                value = tokens[k].to(tl.float32)
-                drive = step * value
-                out = skip * value
-                new = ()
-                for n in tl.static_range(N):
-                    state = tl.exp2(step * rates[n]) * h[n] + drive * Bs[k * N + n].to(tl.float32)
-                    new = new + (state,)
-                    if pass_number == 1:
-                        out += state * Cs[k * N + n].to(tl.float32)
-                h = new
-                if pass_number == 0:
-                    total += step
-                else:
-                    tl.store(y + token * y_row + channel, out.to(y.dtype.element_ty), mask=there & inside)
-        if pass_number == 0:
-            entering = ()
-            for n in tl.static_range(N):
-                _, state = tl.associative_scan((tl.exp2(total * rates[n]), h[n]), 0, _joined)
-                entering = entering + (state,)
-            h = entering
-            tl.debug_barrier()  # y may lie where x does: all must have read before anyone writes
 
 
 @triton.jit

@@ -25,11 +25,6 @@ MIN_CHUNK = 16  # tokens; shorter chunks cost more in stitching than they gain i
 WARPS_WANTED = 1024  # two for each of the four schedulers of a large GPU's multiprocessors
 
 
-# What `short_kernel` takes: a warp a chunk, and so few programs that launches would cost more than they do.
-SHORT_CHUNKS, SHORT_GROUP = 16, 4
-SHORT_LENGTH, SHORT_PROGRAMS = 512, 132
-
-
 class Cut(NamedTuple):
     """How the work is cut: channels a program, tokens a group, tokens a chunk, and the counts that follow."""
 
@@ -197,15 +192,6 @@ def _walk(
     strides = [tensor.stride(0) for tensor in (x, dt, B, C, y)]
     rows = [tensor.stride(1) for tensor in (x, dt, B, C, y)]
     settings = dict(zip(("x_row", "dt_row", "B_row", "C_row", "y_row"), rows, strict=True))
-    blocks = -(-channels // WARP)
-    if saved is None and length <= SHORT_LENGTH and batch * blocks <= SHORT_PROGRAMS:
-        group = SHORT_GROUP if length > SHORT_CHUNKS * 2 else 1
-        launcher(kernels.short_kernel)[(blocks, batch)](
-            x, dt, A, B, C, D, dt_bias, y, *strides, length, channels, **settings,
-            N=A.shape[1], BLOCK=WARP, CHUNKS=SHORT_CHUNKS, CHUNK=-(-length // (SHORT_CHUNKS * group)) * group,
-            GROUP=group, HAS_D=D is not None, HAS_BIAS=dt_bias is not None, num_warps=SHORT_CHUNKS,
-        )  # fmt: skip
-        return
     cuts = cut(batch, length, channels, training=saved is not None)
     settings |= _settings(x, A, B, cuts, D, dt_bias)
     starts = ends = sums = y  # read or written only where there are chunks
