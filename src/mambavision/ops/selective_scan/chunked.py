@@ -125,12 +125,14 @@ def _walk(decays: Tensor, drives: Tensor) -> Tensor:
         for k in range(1, length):
             states.append(torch.addcmul(drive[k], decay[k], states[-1], out=drive[k] if in_place else None))
         return drives if in_place else torch.stack(states, dim=1)
-    (decay, later_decay), (drive, later_drive) = _pairs(decays), _pairs(drives)
-    merged = torch.addcmul(later_drive, later_decay, drive, out=later_drive if in_place else None)
-    ends = _walk(torch.mul(later_decay, decay, out=later_decay if in_place else None), merged)
-    first, firsts = drive[:, :1], drive[:, 1:]
-    firsts = torch.addcmul(firsts, decay[:, 1:], ends[:, :-1], out=firsts if in_place else None)
-    parts = [] if in_place else [torch.stack([torch.cat([first, firsts], dim=1), ends], dim=2).flatten(1, 2)]
+    (decay_1, decay_2), (drive_1, drive_2) = _pairs(decays), _pairs(drives)
+    merged = torch.addcmul(drive_2, decay_2, drive_1, out=drive_2 if in_place else None)
+    ends = _walk(torch.mul(decay_2, decay_1, out=decay_2 if in_place else None), merged)
+    rest = drive_1[:, 1:]
+    rest = torch.addcmul(rest, decay_1[:, 1:], ends[:, :-1], out=rest if in_place else None)
+    parts = []
+    if not in_place:
+        parts = [torch.stack([torch.cat([drive_1[:, :1], rest], dim=1), ends], dim=2).flatten(1, 2)]
     if length % 2:
         last = drives[:, -1:]
         parts.append(torch.addcmul(last, decays[:, -1:], ends[:, -1:], out=last if in_place else None))
@@ -139,8 +141,9 @@ def _walk(decays: Tensor, drives: Tensor) -> Tensor:
 
 def _pairs(tensor: Tensor) -> tuple[Tensor, ...]:
     """The first and the second of each two tokens, views (batch, pairs, state, channels)."""
-    pairs = tensor.shape[1] // 2  # not every second token by a step: onnxruntime is slow at that
-    return tensor[:, : 2 * pairs].unflatten(1, (pairs, 2)).unbind(2)
+    batch, length, state, channels = tensor.shape
+    pairs = length // 2  # not every second token by a step: onnxruntime is slow at that
+    return tensor[:, : 2 * pairs].view(batch, pairs, 2, state, channels).unbind(2)
 
 
 # The CPU compiler makes one loop nest of all the steps, many times slower than PyTorch's own kernels run them one by
