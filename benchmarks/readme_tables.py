@@ -65,6 +65,14 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("relative_to_convnext_tiny", "relative to convnext_tiny", ".2f"),
         Column("added", "added", ".1%"),
     ),
+    "cpu_formats": (
+        Column("model", "model"),
+        Column("way", "way"),
+        Column("dtype", "type"),
+        Column("milliseconds", "median / ms", ".1f"),
+        Column("fastest", "fastest / ms", ".1f"),
+        Column("ratio", "ratio", ".2f"),
+    ),
     "cifar10": (
         Column("model", "model"),
         Column("parameters", "parameters", ","),
