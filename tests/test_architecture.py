@@ -22,7 +22,7 @@ ALLOWED = {
     "data": {"inference.images"},
     "export": {"inference", "models"},
     "measure": {"factory", "inference.fuse", "layers", "models", "weights.checkpoint"},
-    "inference": {"factory", "layers", "models", "ops"},
+    "inference": {"factory", "layers", "models", "ops", "weights.checkpoint"},
     "factory": {"models", "weights"},
     "models": {"layers"},
     "layers": {"ops"},
