@@ -18,7 +18,19 @@ from importlib import import_module
 
 from mambavision import __version__
 
-COMMANDS = ("classify", "explain", "models", "info", "train", "evaluate", "benchmark", "profile", "export")
+COMMANDS = (
+    "classify",
+    "explain",
+    "embed",
+    "neighbours",
+    "models",
+    "info",
+    "train",
+    "evaluate",
+    "benchmark",
+    "profile",
+    "export",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
