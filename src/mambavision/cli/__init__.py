@@ -23,6 +23,7 @@ COMMANDS = (
     "explain",
     "embed",
     "neighbours",
+    "demo",
     "models",
     "info",
     "train",
