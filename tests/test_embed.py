@@ -231,6 +231,22 @@ def test_killed_by_the_system_and_continued_by_the_same_command(checkpoint, fold
     assert out == f"{output}: 7 vectors of 64 channels\n"
 
 
+def test_control_c_says_how_to_continue(capsys, checkpoint, tmp_path, monkeypatch):
+    real = embedding_module._Partial.add
+
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(embedding_module._Partial, "add", interrupted)
+        code, out, err = run(capsys, "embed", SAMPLES, "-o", tmp_path / "f.npz", "--checkpoint", checkpoint)
+    assert (code, out) == (130, "")
+    assert err == "Stopped; what is done is in f.npz.partial, and the same command continues.\n"
+    code, _, err = run(capsys, "embed", SAMPLES, "-o", tmp_path / "f.npz", "--checkpoint", checkpoint)
+    assert (code, err) == (0, "Continuing: 1 of 7 pictures were done before.\n")
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 

@@ -163,6 +163,24 @@ def test_a_network_that_only_scans_has_its_activation_alone():
         explanation.attention_of(2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mamba_vision_T2", "mamba_vision_S", "mamba_vision_B", "mamba_vision_nano_32"])
+@pytest.mark.parametrize("size", [None, (157, 301)])
+def test_real_variants_at_their_own_size_and_an_odd_one(variant, size):
+    network = create_model(variant).eval()
+    explanation = explain(Predictor(network), CAT, img_size=size)
+    config = network.config
+    rows, columns = (-(-side // config.reductions[3]) for side in size or config.preprocessing.img_size)
+    assert explanation.activation.shape == (rows, columns)
+    assert len(explanation.attention) == config.depths[2] // 2 + config.depths[3] // 2
+    for block in explanation.attention:
+        reduction = config.reductions[block.level]
+        height, width = size or config.preprocessing.img_size
+        assert block.received().shape == (-(-height // reduction), -(-width // reduction))
+        torch.testing.assert_close(block.weights.sum(-1), torch.ones(block.weights.shape[:2]))
+    assert overlay(explanation, per_block=True).width > 3 * PANEL
+
+
 # ---- the picture -----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -91,7 +92,9 @@ def main(argv: Sequence[str]) -> int:
         try:
             if path.exists() and not options.overwrite:
                 raise ImageError(f"{printable(str(path))} exists; --overwrite replaces it, --output names another.")
-            explanation = explain(predictor, picture, target=target, img_size=options.img_size)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters becomes an error
+                explanation = explain(predictor, picture, target=target, img_size=options.img_size)
         except ValueError as error:  # an ImageError, or an output that is not finite
             print(error, file=sys.stderr)
             failed = True
