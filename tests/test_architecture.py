@@ -22,7 +22,7 @@ ALLOWED = {
     "data": {"inference.images"},
     "export": {"inference", "models"},
     "measure": {"factory", "inference.fuse", "layers", "models", "weights.checkpoint"},
-    "inference": {"factory", "layers", "models", "ops"},
+    "inference": {"factory", "layers", "models", "ops", "weights.checkpoint"},
     "factory": {"models", "weights"},
     "models": {"layers"},
     "layers": {"ops"},
@@ -64,6 +64,7 @@ EXTRA = {
     "onnx": {"export"},
     "onnxruntime": {"export"},
     "onnxscript": {"export"},
+    "pyarrow": {"inference.features"},
     "transformers": {"integrations.huggingface"},
 }
 PLACES = CORE | WITH_TORCH | EXTRA
@@ -214,7 +215,7 @@ def test_packages_from_elsewhere_are_declared():
     text = (ROOT / "pyproject.toml").read_text()
     declared = text[text.index("\ndependencies = [") : text.index("[project.optional-dependencies]")]
     extras = text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")]
-    in_extras = re.findall(r"^(?:train|huggingface|export) = (.*)$", extras, re.MULTILINE)
+    in_extras = re.findall(r"^(?:train|huggingface|embed|export) = (.*)$", extras, re.MULTILINE)
     assert set(re.findall(r'"([\w-]+)', declared)) == {{"PIL": "pillow"}.get(name, name) for name in CORE}
     found = set(re.findall(r'"([\w-]+)', " ".join(in_extras)))
     assert found - UNIMPORTED == {name.split(".")[-1] for name in EXTRA}

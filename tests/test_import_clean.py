@@ -13,6 +13,7 @@ EXTRAS = (
     "matplotlib",
     "onnx",
     "onnxruntime",
+    "pyarrow",
     "tensorboard",
     "timm",
     "torchmetrics",

@@ -16,7 +16,7 @@ from mambavision.weights import WEIGHTS
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 CORE = {"huggingface_hub", "numpy", "pillow", "rich", "safetensors", "torch", "torchvision"}
-EXTRAS = {"all", "dev", "export", "huggingface", "timm", "train"}
+EXTRAS = {"all", "dev", "embed", "export", "huggingface", "timm", "train"}
 
 
 @pytest.fixture(scope="module")
@@ -95,8 +95,8 @@ def test_extras(metadata):
             needs[marker.partition("extra ==")[2].strip(" \"'")].append(requirement.partition(">=")[0].strip())
     assert set(needs) == EXTRAS
     assert all(needs.values())
-    assert needs["all"] == ["mambavision[export,huggingface,timm,train]"]
-    assert {"mambavision[export,huggingface,timm,train]", "pytest", "ruff", "mypy"} <= set(needs["dev"])
+    assert needs["all"] == ["mambavision[embed,export,huggingface,timm,train]"]
+    assert {"mambavision[embed,export,huggingface,timm,train]", "pytest", "ruff", "mypy"} <= set(needs["dev"])
 
 
 def test_the_command_is_installed(information):

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import os
 import re
 import shlex
@@ -152,6 +153,10 @@ def check(command):
         assert all(f"\n{extra} = [" in declared for extra in (extras or "").split(",") if extra)
     elif program == "make":
         assert all(re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in arguments)
+    elif program == "npm":
+        assert arguments[:2] == ["--prefix", "web"]
+        scripts = json.loads((ROOT / "web" / "package.json").read_text())["scripts"]
+        assert arguments[2:] in (["ci"], ["test"], *(["run", script] for script in scripts))
     elif program in ("python", "python3"):
         assert (ROOT / arguments[0]).is_file(), arguments[0]
     elif program.startswith(".ci/"):
@@ -204,6 +209,7 @@ def test_commands_would_be_accepted(block, tmp_path, monkeypatch):
         "mambavision train --config recipes/none.yaml",
         "pip install -e .[everything]",
         "make coffee",
+        "npm --prefix web run coffee",
         "python benchmarks/none.py",
         "python -m pytest tests/test_readme.py -k nothing_of_the_kind",
         "conda install mambavision",

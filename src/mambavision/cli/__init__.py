@@ -18,7 +18,20 @@ from importlib import import_module
 
 from mambavision import __version__
 
-COMMANDS = ("classify", "models", "info", "train", "evaluate", "benchmark", "profile", "export")
+COMMANDS = (
+    "classify",
+    "explain",
+    "embed",
+    "neighbours",
+    "demo",
+    "models",
+    "info",
+    "train",
+    "evaluate",
+    "benchmark",
+    "profile",
+    "export",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,7 +84,7 @@ def _fail(sentence: str) -> int:
 
 
 def _help() -> str:
-    commands = [f"  {name:10}{import_module(f'mambavision.cli.{name}').SUMMARY}" for name in COMMANDS]
+    commands = [f"  {name:12}{import_module(f'mambavision.cli.{name}').SUMMARY}" for name in COMMANDS]
     return "\n".join(
         [
             "usage: mambavision [-h] [--version] COMMAND ...",

@@ -59,6 +59,21 @@ class Prediction:
         return f"{self.source}: " + ", ".join(f"{label} {probability:.1%}" for label, probability in classes)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """One picture as the network takes it, or why there is none.
+
+    Attributes:
+        source: the picture's path, or what it is called without one.
+        input: (in_chans, height, width), float32, normalised.
+        error: one sentence when the picture could not be read.
+    """
+
+    source: str
+    input: Tensor | None = None
+    error: str | None = None
+
+
 class Predictor:
     """Classify pictures with a network, the preprocessing its weights were measured with, and its class names.
 
@@ -127,39 +142,48 @@ class Predictor:
         """As calling the predictor, but a batch at a time: for more pictures than fit into memory."""
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}.")
-        return self._stream(_listed(pictures), min(top_k, len(self.labels)))
+        return self._stream(pictures, min(top_k, len(self.labels)))
 
-    def _stream(self, pictures: Iterable[Picture], top_k: int) -> Iterator[Prediction]:
-        remaining = iter(pictures)
+    def prepare(self, pictures: Picture | Iterable[Picture]) -> Iterator[list[Prepared]]:
+        """Pictures as the network's inputs, a batch at a time; one that cannot be read comes with its error."""
+        remaining = iter(_listed(pictures))
         first = 1
         while batch := list(itertools.islice(remaining, self.batch_size)):
-            yield from self._classify(batch, first, top_k)
+            yield [self._prepare(picture, f"picture {first + place}") for place, picture in enumerate(batch)]
             first += len(batch)
 
-    def _classify(self, pictures: list[Picture], first: int, top_k: int) -> list[Prediction]:
-        """Predictions for one batch, whose first picture is number `first` of all."""
-        predictions: list[Prediction] = []
-        inputs: list[Tensor] = []
-        places: list[int] = []
-        for place, picture in enumerate(pictures):
-            name = picture_name(picture) or f"picture {first + place}"
-            error = None
-            try:
-                inputs.append(self._transform(read_image(picture, name=name)))
-                places.append(place)
-            except ImageError as problem:
-                error = str(problem)
-            predictions.append(Prediction(source=name, error=error))
+    def to_network(self, inputs: Tensor) -> Tensor:
+        """Inputs with the device and type of the network."""
+        return inputs.to(device=self.device, dtype=self._dtype)
+
+    def _stream(self, pictures: Picture | Iterable[Picture], top_k: int) -> Iterator[Prediction]:
+        for batch in self.prepare(pictures):
+            yield from self._classify(batch, top_k)
+
+    def _prepare(self, picture: Picture, unnamed: str) -> Prepared:
+        name = picture_name(picture) or unnamed
+        try:
+            return Prepared(source=name, input=self._transform(read_image(picture, name=name)))
+        except ImageError as problem:
+            return Prepared(source=name, error=str(problem))
+
+    def _classify(self, batch: list[Prepared], top_k: int) -> Iterator[Prediction]:
+        """Predictions for one batch, in order."""
+        inputs = [prepared.input for prepared in batch if prepared.input is not None]
+        ranked: Iterator[tuple[list[float], list[int]]] = iter(())
         if inputs:
             probabilities, indices = self._probabilities(torch.stack(inputs)).topk(top_k)
-            for place, values, classes in zip(places, probabilities.tolist(), indices.tolist(), strict=True):
-                predictions[place] = self._prediction(predictions[place].source, values, classes)
-        return predictions
+            ranked = zip(probabilities.tolist(), indices.tolist(), strict=True)
+        for prepared in batch:
+            if prepared.input is None:
+                yield Prediction(source=prepared.source, error=prepared.error)
+            else:
+                yield self._prediction(prepared.source, *next(ranked))
 
     @torch.inference_mode()
     def _probabilities(self, inputs: Tensor) -> Tensor:
         """(batch, classes) in float32 on the CPU, of inputs (batch, channels, height, width)."""
-        logits: Tensor = self.model(inputs.to(device=self.device, dtype=self._dtype))
+        logits: Tensor = self.model(self.to_network(inputs))
         return logits.float().softmax(-1).cpu()
 
     def _prediction(self, source: str, probabilities: list[float], indices: list[int]) -> Prediction:

@@ -1,0 +1,100 @@
+"""`mambavision embed`: the vectors of many pictures as one table, continued where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mambavision.cli.arguments import open_predictor, positive
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from mambavision.inference.predictor import Predictor
+
+SUMMARY = "Turn pictures into vectors, for search and clustering; see neighbours."
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mambavision embed",
+        description="Write the pooled vector of every picture into one table. Stopped in between, the same command "
+        "continues: what is done is kept beside the output, its name with .partial.",
+        epilog="Exit code 1: some pictures could not be read and are not in the table.",
+    )
+    parser.add_argument("paths", nargs="+", metavar="DIR", help="a folder, a picture or a quoted glob")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="table to write, .npz or .parquet"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
+    parser.add_argument(
+        "--model", metavar="NAME", help="a variant of `mambavision models`; its published weights are fetched"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="your own weights, or a public file together with --model")
+    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures at once (default: 32)")
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 1 when a picture or a path failed."""
+    options = build_parser().parse_args(argv)
+
+    from rich.console import Console
+
+    from mambavision.inference.features import FeaturesError, check_output
+    from mambavision.inference.images import find_pictures
+
+    messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    check_output(options.output)
+    if options.output.exists() and not options.overwrite:
+        raise FeaturesError(f"{options.output} exists; --overwrite replaces it, --output names another.")
+    pictures, problems = find_pictures(options.paths)
+    for problem in problems:
+        messages.print(problem)
+    if not pictures:
+        return 1
+    predictor = open_predictor(options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters becomes an error
+        return 1 if _embed(predictor, pictures, options, messages) or problems else 0
+
+
+def _embed(predictor: Predictor, pictures: list[Path], options: argparse.Namespace, messages: Console) -> bool:
+    """Whether some pictures have no vector; these are told as they come, over a progress bar in a terminal."""
+    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from mambavision.inference.embed import PARTIAL, Embedding, describe, embed_files
+
+    metadata = describe(predictor, model=options.model, checkpoint=options.checkpoint)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
+            bar = progress.add_task("embedding", total=len(pictures))
+
+            def report(embedding: Embedding) -> None:
+                if embedding.error is not None:
+                    messages.print(embedding.error)
+                progress.advance(bar)
+
+            def resumed(count: int) -> None:
+                messages.print(f"Continuing: {count} of {len(pictures)} pictures were done before.")
+
+            features, bad = embed_files(
+                predictor, pictures, options.output, metadata=metadata, report=report, resumed=resumed
+            )
+    except KeyboardInterrupt:
+        partial = options.output.name + PARTIAL
+        messages.print(f"Stopped; what is done is in {partial}, and the same command continues.")
+        raise
+    if not features.paths:
+        print("No picture could be read; nothing was written.", file=sys.stderr)
+    else:
+        rows, channels = features.vectors.shape
+        print(f"{options.output}: {rows} vectors of {channels} channels")
+    return bool(bad)

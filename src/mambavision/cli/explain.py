@@ -1,0 +1,127 @@
+"""`mambavision explain`: where a network looked, as a picture beside the picture's class."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from mambavision.cli.arguments import UsageError, image_size, open_predictor
+
+SUMMARY = "Show where a model looked: class activation and attention over a picture."
+SUFFIX = ".explained.png"
+
+
+def point(text: str) -> tuple[float, float]:
+    """`0.5,0.25`: x and y as shares of the picture's width and height."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be X,Y, two numbers in 0..1, got {text!r}") from None
+    if not (0 <= x <= 1 and 0 <= y <= 1):
+        raise argparse.ArgumentTypeError(f"must lie in 0..1 both ways, got {text!r}")
+    return x, y
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="mambavision explain",
+        description="Draw the class-activation map and the attention of both window levels over pictures, as PNG.",
+        epilog="Exit code 1: some pictures could not be read, or their overlay was there already.",
+    )
+    parser.add_argument("paths", nargs="*", metavar="IMAGE", help="a picture, a folder or a quoted glob")
+    parser.add_argument("--samples", action="store_true", help="the photographs that ship with the package")
+    parser.add_argument(
+        "--class", dest="target", metavar="NAME", help="the class to explain, by name or index (default: the likeliest)"
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help=f"a .png file for one picture, or a folder (default: NAME{SUFFIX} in the current folder)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace overlays that are there")
+    parser.add_argument("--per-block", action="store_true", help="the attention of each block instead of their mean")
+    parser.add_argument(
+        "--from", dest="point", type=point, metavar="X,Y", help="attention paid by the token there, both in 0..1"
+    )
+    parser.add_argument(
+        "--img-size", type=image_size, metavar="SIZE", help="resize pictures to this instead of the model's own size"
+    )
+    parser.add_argument(
+        "--model", metavar="NAME", help="a variant of `mambavision models`; its published weights are fetched"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="your own weights, or a public file together with --model")
+    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    parser.set_defaults(batch_size=1)
+    return parser
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command; 1 when a picture or a path failed, 2 when nothing was given."""
+    parser = build_parser()
+    options = parser.parse_args(argv)
+    if not options.paths and not options.samples:
+        parser.error("no pictures given: name files, folders or globs, or use --samples")
+
+    from mambavision.inference.images import find_pictures, printable, sample_pictures
+
+    found, problems = find_pictures(options.paths)
+    pictures = [*(sample_pictures() if options.samples else []), *found]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    targets = _targets(pictures, options.output)
+    if not pictures:
+        return 1
+
+    from mambavision.inference.explain import explain, find_class
+    from mambavision.inference.images import ImageError
+    from mambavision.inference.overlay import overlay, save_overlay
+
+    predictor = open_predictor(options)
+    try:
+        target = None if options.target is None else find_class(options.target, predictor.labels)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    failed = bool(problems)
+    for picture, path in zip(pictures, targets, strict=True):
+        try:
+            if path.exists() and not options.overwrite:
+                raise ImageError(f"{printable(str(path))} exists; --overwrite replaces it, --output names another.")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters becomes an error
+                explanation = explain(predictor, picture, target=target, img_size=options.img_size)
+        except ValueError as error:  # an ImageError, or an output that is not finite
+            print(error, file=sys.stderr)
+            failed = True
+            continue
+        save_overlay(overlay(explanation, per_block=options.per_block, point=options.point), path)
+        best, likelihood = explanation.prediction.labels[0], explanation.prediction.probabilities[0]
+        print(f"{printable(str(picture))}: {best} {likelihood:.1%}, {printable(str(path))}")
+    return 1 if failed else 0
+
+
+def _targets(pictures: list[Path], output: Path | None) -> list[Path]:
+    """A file to write for each picture; pictures of one name get numbers."""
+    if output is not None and output.suffix.lower() == ".png" and not output.is_dir():
+        if len(pictures) > 1:
+            raise UsageError(f"--output must be a folder for {len(pictures)} pictures, got {output}.")
+        return [output for _ in pictures]
+    if output is not None and (output.suffix or output.is_file()) and not output.is_dir():
+        raise UsageError(f"--output must be a .png file or a folder, got {output}.")
+    folder = output or Path()
+    seen: dict[str, int] = {}
+    targets = []
+    for picture in pictures:
+        seen[picture.stem] = seen.get(picture.stem, 0) + 1
+        number = f"-{seen[picture.stem]}" if seen[picture.stem] > 1 else ""
+        targets.append(folder / f"{picture.stem}{number}{SUFFIX}")
+    return targets
+
+
+# What argparse calls it where it refuses the text.
+point.__name__ = "point"
