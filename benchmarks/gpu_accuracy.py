@@ -2,7 +2,7 @@
 
     python benchmarks/gpu_accuracy.py data/cifar10/val.npz
 
-The file is the one that `benchmarks/get_cifar10.py` writes. The float32 row is the network as it is, without `optimize`.
+The file is the one that `benchmarks/get_cifar10.py` writes. The first row is the network as it is, without `optimize`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_training.py
 
-A step is forward, loss, backward and a fused AdamW update on random pictures that lie on the GPU, in bfloat16 autocast and
-channels-last. Each way is measured by itself in a process of its own, so that the peak is its own.
+A step is forward, loss, backward and a fused AdamW update on random pictures that lie on the GPU, in bfloat16 autocast
+and channels-last. Each way is measured by itself in a process of its own, so that the peak is its own.
 """
 
 from __future__ import annotations

@@ -64,6 +64,18 @@ def microseconds(run: Callable[[int], Any], device: torch.device, rounds: int) -
     return statistics.median(times)
 
 
+def sequential_microseconds(sets: list[list[Tensor]], device: torch.device, rounds: int) -> float:
+    """The kernels' forward without chunks: one walk a sequence, however few there are."""
+    from mambavision.ops.selective_scan import triton_op
+
+    usual = triton_op.cut
+    triton_op.cut = lambda _, length, channels, training=False: usual(10**6, length, channels, training=training)
+    try:
+        return microseconds(lambda number: selective_scan(*sets[number], backend="triton"), device, rounds)
+    finally:
+        triton_op.cut = usual
+
+
 def measure(
     size: tuple[int, int, int], dtype: torch.dtype, backend: str, device: torch.device, rounds: int
 ) -> dict[str, float]:
@@ -76,9 +88,14 @@ def measure(
         y = selective_scan(*leaves[number], backend=backend)
         torch.autograd.grad(y, leaves[number], grad_y)
 
+    row: dict[str, float] = {}
     with torch.no_grad():
         forward = microseconds(lambda number: selective_scan(*sets[number], backend=backend), device, rounds)
-    return {"forward_us": round(forward, 1), "training_us": round(microseconds(train, device, rounds), 1)}
+        row["forward_us"] = round(forward, 1)
+        if backend == "triton" and size[0] == 1:  # few sequences, where chunks matter
+            row["sequential_us"] = round(sequential_microseconds(sets, device, rounds), 1)
+    row["training_us"] = round(microseconds(train, device, rounds), 1)
+    return row
 
 
 def main() -> None:
@@ -108,9 +125,10 @@ def main() -> None:
                     {"batch": size[0], "length": size[1], "channels": size[2], "dtype": name, "backend": backend}
                     | measure(size, dtype, backend, device, arguments.rounds)
                 )
-    table = Table(*rows[0])
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns)
     for row in rows:
-        table.add_row(*map(str, row.values()))
+        table.add_row(*(str(row.get(key, "-")) for key in columns))
     Console().print(table)
     write_results(
         "scan" if device.type == "cuda" else "scan_cpu",

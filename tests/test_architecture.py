@@ -21,7 +21,7 @@ ALLOWED = {
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images"},
     "export": {"inference", "models"},
-    "measure": {"factory", "inference.fuse", "layers", "models", "weights.checkpoint"},
+    "measure": {"factory", "inference.fuse", "inference.optimize", "layers", "models", "weights.checkpoint"},
     "inference": {"factory", "layers", "models", "ops", "weights.checkpoint"},
     "factory": {"models", "weights"},
     "models": {"layers"},
@@ -54,7 +54,7 @@ CORE = {
     "huggingface_hub": {"weights.fetching"},
     "rich": {"cli", "engine"},
 }
-WITH_TORCH = {"triton": {"ops.selective_scan"}}  # PyTorch brings it where it runs
+WITH_TORCH = {"triton": {"ops"}}  # PyTorch brings it where it runs
 EXTRA = {
     "timm": {"data", "engine", "integrations.timm", "measure.subjects"},
     "torchmetrics": {"engine.evaluate"},

@@ -113,7 +113,7 @@ def test_conv3x3(dtype, stride, activation, channels, columns, height, width, po
     "tile", [conv3x3_op.LIBRARY, Tile(32, 16, 64, 4, 2, 16), Tile(128, 128, 64, 4, 3, 32)], ids=str
 )
 def test_conv3x3_tiles(tile, poisoned):
-    """A library's convolution with the kernel behind it, and tiles with a tail, on a view of a map with more channels."""
+    """A library's convolution with the kernel behind it, and tiles with a tail, on a view of a wider map."""
     dtype = TYPES[-1]
     x = random(2, 40, 6, 5, dtype=dtype).contiguous(memory_format=torch.channels_last)[:, :32]
     weight, residual = random(80, 32, 3, 3, dtype=dtype, scale=0.1), random(2, 80, 6, 5, dtype=dtype)
@@ -126,7 +126,10 @@ def test_conv3x3_tiles(tile, poisoned):
 @pytest.mark.parametrize("kernel", [1, 3, 5])
 @pytest.mark.parametrize(("windows", "length", "channels"), [(1, 1, 8), (3, 10, 40), (2, 49, 7)])
 def test_token_conv(dtype, kernel, windows, length, channels, poisoned):
-    x, weight = random(windows, length, 2 * channels, dtype=dtype)[..., :channels], random(channels, kernel, dtype=dtype)
+    x, weight = (
+        random(windows, length, 2 * channels, dtype=dtype)[..., :channels],
+        random(channels, kernel, dtype=dtype),
+    )
     usual = token_conv(x, weight, backend="reference")
     check(token_conv_op.token_conv(x, weight), usual, token_conv(*wide(x, weight)))
 
@@ -247,7 +250,10 @@ def test_linear_at_the_sizes_of_the_networks(dtype, rows, inner, columns, poison
 def test_conv3x3_at_the_sizes_of_the_networks(channels, columns, side, stride, poisoned):
     dtype = torch.bfloat16
     x = random(16, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    weight, bias = random(columns, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5), random(columns, dtype=dtype)
+    weight, bias = (
+        random(columns, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5),
+        random(columns, dtype=dtype),
+    )
     truth = conv3x3(*wide(x, weight, bias), stride=stride, activation="gelu_tanh")
     usual = conv3x3(x, weight, bias, stride=stride, activation="gelu_tanh", backend="reference")
     pixels = 16 * (side // stride) ** 2
@@ -277,12 +283,12 @@ def test_they_compile():
     def function(x):
         return linear(token_conv(x, weight[:, :1].repeat(2, 3)), weight, norm_eps=1e-5, activation="gelu")
 
-    torch.testing.assert_close(
-        torch.compile(function, fullgraph=True)(x), function(x), rtol=2e-2, atol=2e-2
-    )
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), function(x), rtol=2e-2, atol=2e-2)
 
 
 def test_references_are_what_pytorch_computes():
     x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
     expected = F.gelu(F.linear(F.layer_norm(x, (8,), eps=1e-5), weight)) + 1
-    torch.testing.assert_close(linear(x, weight, residual=torch.ones(2, 5, 6), norm_eps=1e-5, activation="gelu"), expected)
+    torch.testing.assert_close(
+        linear(x, weight, residual=torch.ones(2, 5, 6), norm_eps=1e-5, activation="gelu"), expected
+    )

@@ -8,10 +8,10 @@ import torch
 
 from deterministic_weights import deterministic_images
 from mambavision import create_model
-from mambavision.inference import gpu, optimize as module
+from mambavision.inference import gpu
 from mambavision.inference.fuse import fuse
 from mambavision.inference.graphs import MAX_GRAPHS, GraphRunner
-from mambavision.inference.optimize import optimize
+from mambavision.inference.optimize import finished, optimize
 from test_fuse import outputs, trained
 
 TINY = "mamba_vision_test_tiny"
@@ -27,13 +27,13 @@ def with_kernels(model):
     """What `optimize` makes on a GPU, without graphs and in the model's type, on any device."""
     fused = fuse(model)
     gpu.use_kernels(fused)
-    return module.finished(fused, dtype=next(model.parameters()).dtype, tune=False)
+    return finished(fused, dtype=next(model.parameters()).dtype, tune=False)
 
 
 @pytest.fixture(params=["few", "many"])
 def amount(request, monkeypatch):
     """Both ways that tokens go; elsewhere than on a GPU the second is asked for by name."""
-    monkeypatch.setattr(gpu, "takes_few", lambda x: request.param == "few")
+    monkeypatch.setattr(gpu, "takes_few", lambda _: request.param == "few")
 
 
 @pytest.mark.parametrize("arguments", [{}, PADDED, {"layer_scale": None, **PADDED}, {"features_only": True, **PADDED}])
@@ -53,6 +53,19 @@ def test_types_at_the_border_are_those_of_the_pictures():
         network(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="pictures as"):
         network(torch.zeros(1, 4, 64, 64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_a_cpu_it_takes_any_type_too(dtype):
+    model = trained().eval()
+    network = optimize(model, dtype=dtype)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for kind in (torch.float32, torch.float16):
+            found = network(images.to(kind))
+            assert found.dtype == kind
+            assert difference(found, model(images)) < (2e-3 if dtype == torch.float32 else 3e-2)
+        assert difference(network.forward_features(images), model.forward_features(images)) < 3e-2
 
 
 def test_the_head_can_be_replaced():
@@ -108,6 +121,8 @@ def test_graphs_are_replayed_for_new_pictures_and_bounded_in_number():
     model = trained().eval().cuda()
     network = optimize(model)
     images = [torch.randn(2, 3, 64, 64, device="cuda") for _ in range(3)]
+    with torch.inference_mode():  # what is recorded here serves elsewhere too
+        network(images[0])
     with torch.no_grad():
         results = [network(x) for x in images]
         for result, x in zip(results, images, strict=True):  # none was overwritten by the next

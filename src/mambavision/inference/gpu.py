@@ -18,7 +18,6 @@ from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import TokenBlock
-from mambavision.layers.window import window_partition, window_reverse
 from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.conv3x3 import conv3x3
@@ -169,7 +168,7 @@ class KernelTokenBlock(_CastWithExact):
         return self.fc2.bias.double() if bias is None else bias.double() + self.fc2.bias.double()
 
     def take_off(self, early: Tensor) -> Tensor:
-        """Given what the stream holds too early before the block, note it for the norms; returns it behind the block."""
+        """Note for the norms what the stream holds too early before the block; returns what it does behind it."""
         self.sum1, self.sum2 = self.mixer.first.weight.float().sum(1), self.fc1.weight.float().sum(1)
         self.early1 = -early.float()
         if self.mixer.last.bias is not None:
@@ -181,9 +180,7 @@ class KernelTokenBlock(_CastWithExact):
         first, last = self.mixer.first, self.mixer.last
         u = linear(x, first.weight, first.bias, norm_eps=self.eps, weight_sum=self.sum1)
         x = linear(self.mixer(u), last.weight, last.bias, residual=x)
-        hidden = linear(
-            x, self.fc1.weight, self.fc1.bias, norm_eps=self.eps, weight_sum=self.sum2, activation="gelu"
-        )
+        hidden = linear(x, self.fc1.weight, self.fc1.bias, norm_eps=self.eps, weight_sum=self.sum2, activation="gelu")
         return linear(hidden, self.fc2.weight, self.fc2.bias, residual=x)
 
     def add_to(self, x: Tensor, length: int) -> None:
@@ -255,7 +252,7 @@ class KernelAttention(nn.Module):
         last.bias = self.last.bias
         return first, last
 
-    def forward(self, qkv: Tensor) -> Tensor:  # (windows, length, 3 x heads x width) -> (windows, length, heads x width)
+    def forward(self, qkv: Tensor) -> Tensor:  # (windows, length, 3 x channels) -> (windows, length, channels)
         windows, length, _ = qkv.shape
         if windows == 0:  # which not every fused kernel takes
             return qkv[..., : self.num_heads * self.width]
@@ -266,9 +263,7 @@ class KernelAttention(nn.Module):
 
 def _padded(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
     """`conv` with zero weights for more channels, channels-last."""
-    wider = nn.Conv2d(
-        inputs, outputs, 3, conv.stride, 1, bias=conv.bias is not None, device="meta"
-    )  # type: ignore[arg-type]  # torch's stride is a tuple of any length
+    wider = nn.Conv2d(inputs, outputs, 3, conv.stride, 1, bias=conv.bias is not None, device="meta")  # type: ignore[arg-type]  # torch's stride is a tuple of any length
     more = (0, 0, 0, 0, 0, inputs - conv.in_channels, 0, outputs - conv.out_channels)
     weight = F.pad(conv.weight.detach(), more).contiguous(memory_format=torch.channels_last)
     wider.weight = nn.Parameter(weight, requires_grad=False)

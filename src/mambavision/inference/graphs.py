@@ -60,7 +60,8 @@ class GraphRunner:
         return _empty_runner, (self.dtype, self.memory_format)
 
     def _record(self, function: Callable[[Tensor], Any], x: Tensor) -> _Recorded:
-        with torch.cuda.device(x.device):
+        # Not under inference_mode, whose tensors could not be written to outside of it.
+        with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
             static = torch.empty(x.shape, dtype=self.dtype, device=x.device, memory_format=self.memory_format)
             static.copy_(x)
             aside = torch.cuda.Stream()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mambavision.config import NUM_LEVELS
+from mambavision.inference.cpu import optimize_for_cpu
 from mambavision.inference.fuse import FusedMambaVision, fuse
 from mambavision.inference.gpu import KernelTokens, use_kernels
 from mambavision.inference.graphs import GraphRunner
@@ -46,9 +47,8 @@ def optimize(
     fused = fuse(model)
     device = next(fused.parameters()).device
     if device.type == "cpu":
-        from mambavision.inference.cpu import optimize_for_cpu
-
-        return optimize_for_cpu(fused, dtype=dtype, mode=mode)  # type: ignore[return-value]
+        dtype = dtype or torch.float32
+        return _of_kind(optimize_for_cpu(fused, dtype=dtype, mode=mode), _AnyTypeClassifier, _AnyTypeBackbone, dtype)
     if dtype is None:
         dtype = torch.float32
         if device.type == "cuda":
@@ -64,39 +64,63 @@ def finished(fused: MambaVisionBackbone, *, dtype: torch.dtype, tune: bool) -> M
     for module in fused.modules():
         if isinstance(module, KernelTokens):
             module.round_constants()
-    optimized: Any = fused
-    optimized.__class__ = _OptimizedClassifier if isinstance(fused, MambaVision) else _OptimizedBackbone
+    optimized = _of_kind(fused, _OptimizedClassifier, _OptimizedBackbone, dtype)
     optimized.tune_kernels = tune
     # The stem's kernel reads pictures as they come; PyTorch's own convolutions want channels-last.
     layout = torch.contiguous_format if dtype in HALVES else torch.channels_last
     optimized.graphs = GraphRunner(dtype=dtype, memory_format=layout)
-    return optimized  # type: ignore[no-any-return]
+    return optimized
 
 
-class _Optimized(MambaVisionBackbone):
-    """What the optimised classifier and backbone share: types at the border, graphs, channels that pad."""
+def _of_kind(network: Any, classifier: type, backbone: type, dtype: torch.dtype) -> Any:
+    """`network` itself as one of these classes, which change no parameter."""
+    network.__class__ = classifier if isinstance(network, MambaVision) else backbone
+    network.compute_dtype = dtype
+    return network
 
-    tune_kernels: bool
-    graphs: GraphRunner
+
+class _AnyType(MambaVisionBackbone):
+    """A network that computes in one type, takes pictures of any, and gives results in theirs."""
+
+    compute_dtype: torch.dtype
 
     def forward(self, x: Tensor) -> Any:
         """As the network's own, in the type of x."""
         self._check_input(x)
+        output = self._run(x)
+        return output.to(x.dtype) if isinstance(output, Tensor) else [tensor.to(x.dtype) for tensor in output]
+
+    def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
+        """As the network's own, in the type that it computes in."""
+        self._check_input(x)
+        return super().forward_stages(x.to(self.compute_dtype), last=last)
+
+    def _run(self, x: Tensor) -> Any:
+        return super().forward(x)
+
+    def _check_dtype(self, x: Tensor) -> None:
+        if not x.dtype.is_floating_point:
+            super()._check_dtype(x)
+
+
+class _Optimized(_AnyType):
+    """What the optimised classifier and backbone share on a GPU: graphs, and channels that pad."""
+
+    tune_kernels: bool
+    graphs: GraphRunner
+
+    def _run(self, x: Tensor) -> Any:
         with self._settings(x):
             busy = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
             if busy or not x.is_cuda or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
-                output = super().forward(x)
-            else:
-                output = self.graphs.run(super().forward, x)
-        if isinstance(output, Tensor):
-            return output.to(x.dtype)
-        return [tensor.to(x.dtype) for tensor in output]
+                return super()._run(x)
+            return self.graphs.run(super()._run, x)
 
     def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
         """As the network's own; channels that only pad are cut off what is given out."""
         self._check_input(x)
         widths = self.config.channels
-        x = self.patch_embed(x.to(next(self.parameters()).dtype))
+        x = self.patch_embed(x.to(self.compute_dtype))
         stages = [x[:, : widths[0]]]
         for index, level in enumerate(self.levels):
             x = level(x)
@@ -109,14 +133,11 @@ class _Optimized(MambaVisionBackbone):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Optimized:
         self.graphs.clear()
         super()._apply(fn, recurse)
+        self.compute_dtype = next(self.parameters()).dtype
         for module in self.modules():
             if isinstance(module, KernelTokens):
                 module.round_constants()
         return self
-
-    def _check_dtype(self, x: Tensor) -> None:
-        if not x.dtype.is_floating_point:
-            super()._check_dtype(x)
 
     @contextmanager
     def _settings(self, x: Tensor) -> Iterator[None]:
@@ -129,12 +150,20 @@ class _Optimized(MambaVisionBackbone):
             torch.backends.cudnn.benchmark = benchmark
 
 
+class _AnyTypeBackbone(_AnyType):
+    """A backbone on a CPU."""
+
+
+class _AnyTypeClassifier(_AnyType, FusedMambaVision):
+    """A classifier on a CPU."""
+
+
 class _OptimizedBackbone(_Optimized):
-    """A backbone; see `_Optimized`."""
+    """A backbone on a GPU."""
 
 
 class _OptimizedClassifier(_Optimized, FusedMambaVision):
-    """A classifier; see `_Optimized`."""
+    """A classifier on a GPU."""
 
     def reset_classifier(self, num_classes: int) -> None:
         super().reset_classifier(num_classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,28 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambavision.config import VARIANTS, UnknownVariantError, get_config
 from mambavision.factory import create_model
 from mambavision.inference.fuse import fuse
+from mambavision.inference.optimize import optimize
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.complexity import count_complexity
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Way -> whether it folds the network (ours alone can be folded) and whether it compiles it.
-WAYS = {"eager": (False, False), "compile": (False, True), "fused": (True, False), "fused-compile": (True, True)}
+
+
+class Way(NamedTuple):
+    """How a network is made ready; `prepared` is for our own networks alone."""
+
+    prepared: Callable[[Any, torch.dtype], nn.Module] | None = None
+    compiled: bool = False
+
+
+WAYS = {
+    "eager": Way(),
+    "compile": Way(compiled=True),
+    "fused": Way(lambda model, _: fuse(model)),
+    "fused-compile": Way(lambda model, _: fuse(model), compiled=True),
+    "optimized": Way(lambda model, dtype: optimize(model, dtype=dtype)),
+    "optimized-full": Way(lambda model, dtype: optimize(model, dtype=dtype, mode="full")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +45,7 @@ class Subject:
         name: of the network.
         way: a key of `WAYS`.
         dtype: of weights and pictures.
-        model: the network itself, folded where the way says so.
+        model: the network itself, folded or optimised where the way says so.
         run: one forward pass, of pictures (batch, 3, height, width) in channels-last order; compiled where it says so.
         parameters: number of parameters.
         macs: multiply-adds of one picture, the scan's included.
@@ -69,20 +85,21 @@ def prepare(
         UnknownVariantError: neither ours nor timm's.
         ValueError: the way is for our networks alone, or the network does not take this size.
     """
-    folded, compiled = WAYS[way]
+    prepared, compiled = WAYS[way]
     if name in VARIANTS:
         model: nn.Module = create_model(name, device=device).eval()
         size = img_size or get_config(name).preprocessing.img_size
     else:
-        if folded:
-            raise ValueError(f"{way} folds our own networks alone; time {name} by eager or compile.")
+        if prepared is not None:
+            raise ValueError(f"{way} is for our own networks alone; time {name} by eager or compile.")
         model, size = _from_timm(name, img_size)
         model = model.to(device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     macs = _macs(model, size)
-    if folded and isinstance(model, MambaVisionBackbone):
-        model = fuse(model)
-    model = model.to(dtype=TYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if prepared is not None:
+        model = prepared(model, TYPES[dtype])
+    if way not in ("optimized", "optimized-full"):  # which have chosen their types and layout
+        model = model.to(dtype=TYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
     run: Callable[[Tensor], Any] = model
     if compiled:  # CUDA graphs where there are any: launches would hide what the kernels do
         run = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)

@@ -71,7 +71,7 @@ def _warm_up(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any], 
             return
 
 
-def _specialised(argument: Any) -> Hashable:
+def _specialised(argument: Any) -> Any:
     """What the compiler knows of an argument: more than this makes no other kernel."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0

@@ -96,9 +96,9 @@ def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
         run(tile)
     except OutOfResources:
         return float("inf")
-    times = []
+    times: list[float] = []
     for _ in range(_ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         for _ in range(_CALLS):
             run(tile)

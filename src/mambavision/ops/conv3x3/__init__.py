@@ -14,7 +14,8 @@ def _triton(
 ) -> Tensor:
     from mambavision.ops.conv3x3.triton_op import conv3x3
 
-    return conv3x3(x, weight, bias, residual, stride, activation)
+    y: Tensor = conv3x3(x, weight, bias, residual, stride, activation)
+    return y
 
 
 BACKENDS = (

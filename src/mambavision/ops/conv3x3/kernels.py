@@ -133,6 +133,8 @@ def finish_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offset = pixel.to(tl.int64) * columns
     inside = pixel < pixels
-    acc = tl.load(out + offset[:, None] + column[None, :], mask=inside[:, None] & (column < columns)[None, :], other=0.0)
+    acc = tl.load(
+        out + offset[:, None] + column[None, :], mask=inside[:, None] & (column < columns)[None, :], other=0.0
+    )
     acc = acc.to(tl.float32)
     _finish(acc, bias, residual, out, offset, inside, column, columns, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)

@@ -12,7 +12,6 @@ from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
 from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import Tile, choose, is_large, small_tiles
 
-
 LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
 FINISH_PIXELS, FINISH_COLUMNS = 32, 128
 WIDE_FROM = 192  # channels from which cuDNN's is faster

@@ -11,7 +11,8 @@ from mambavision.ops.layer_norm.reference import layer_norm_reference
 def _triton(x: Tensor, offset: Tensor | None, eps: float) -> Tensor:
     from mambavision.ops.layer_norm.triton_op import layer_norm
 
-    return layer_norm(x, offset, eps)
+    y: Tensor = layer_norm(x, offset, eps)
+    return y
 
 
 BACKENDS = (

@@ -24,7 +24,8 @@ def _triton(
         weight_sum = None
     elif weight_sum is None:
         weight_sum = weight.float().sum(1)
-    return linear(x, weight, bias, residual, weight_sum, norm_eps or 0.0, activation)
+    y: Tensor = linear(x, weight, bias, residual, weight_sum, norm_eps or 0.0, activation)
+    return y
 
 
 BACKENDS = (

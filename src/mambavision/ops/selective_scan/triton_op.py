@@ -79,9 +79,7 @@ def scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | Non
 
 
 @triton_op("mambavision::selective_scan_", mutates_args={"x"})
-def scan_(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None
-) -> None:
+def scan_(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> None:
     """Replace x, whose channels lie side by side, by y. No thread reads of x what another has written."""
     _walk(x, dt, A, B, C, D, dt_bias, x, None)
 

@@ -13,7 +13,8 @@ def _triton(
 ) -> Tensor:
     from mambavision.ops.stem.triton_op import stem
 
-    return stem(x, weight1, bias1, weight2, bias2, *strides)
+    y: Tensor = stem(x, weight1, bias1, weight2, bias2, *strides)
+    return y
 
 
 BACKENDS = (

@@ -12,7 +12,6 @@ from mambavision.ops.launch import launcher
 from mambavision.ops.stem.kernels import first_conv_kernel, stem_kernel
 from mambavision.ops.tiles import Tile, choose
 
-
 TWO_STEPS_FROM = 16384  # pixels of the result; from there the map between the convolutions is better stored
 FIRST_PIXELS = 128  # a program, of the first convolution alone
 

@@ -11,7 +11,8 @@ from mambavision.ops.token_conv.reference import token_conv_reference
 def _triton(x: Tensor, weight: Tensor) -> Tensor:
     from mambavision.ops.token_conv.triton_op import token_conv
 
-    return token_conv(x, weight)
+    y: Tensor = token_conv(x, weight)
+    return y
 
 
 BACKENDS = (

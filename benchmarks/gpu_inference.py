@@ -1,0 +1,108 @@
+"""Inference on a GPU: our variants through `optimize` beside peers of timm's in their best way, in one run.
+
+    python benchmarks/gpu_inference.py
+
+bfloat16, random weights and pictures that lie on the GPU, by the protocol of `mambavision benchmark`. Peers run eagerly
+and by torch.compile with CUDA graphs, both channels-last; the faster way counts. Rows are written as they come.
+`benchmarks/front.py` draws them over accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mambavision.measure.subjects import prepare
+from mambavision.measure.timing import describe_protocol, measure
+from mambavision.weights import WEIGHTS
+from results_file import write_results
+
+OURS = ("T", "T2", "S", "B", "L", "L2")
+REFERENCE = "convnext_tiny"
+# timm's name -> top-1 on ImageNet-1K as its authors publish it: 224 px, trained on ImageNet-1K alone, no distillation.
+PEERS = {
+    "convnext_tiny": 82.1,
+    "convnext_large": 84.3,
+    "caformer_s18": 83.6,
+    "hiera_small_224": 83.8,
+    "mambaout_tiny": 82.7,
+    "swin_tiny_patch4_window7_224": 81.3,
+    "deit3_base_patch16_224": 83.8,
+    "convnext_small": 83.1,
+    "hiera_tiny_224": 82.8,
+    "nextvit_base": 83.2,
+    "convnext_base": 83.8,
+}
+LATENCY_OF = ("convnext_tiny",)  # peers that are timed with one picture too
+DTYPE = "bfloat16"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each measurement (default: 1)")
+    parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="default: all")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
+    parser.add_argument("--ours", nargs="*", default=list(OURS), choices=OURS, help="default: all")
+    arguments = parser.parse_args()
+    device = torch.device("cuda")
+    published = {spec.variant: spec.top1 for spec in WEIGHTS.values()}
+    jobs = [(f"mamba_vision_{name}", "optimized", (1, 128)) for name in arguments.ours]
+    for name in arguments.peers:
+        jobs += [(name, way, (1, 128) if name in LATENCY_OF else (128,)) for way in ("compile", "eager")]
+    if REFERENCE in arguments.peers:  # first, so that all else has its ratio from the start
+        jobs.sort(key=lambda job: job[0] != REFERENCE)
+    rows: list[dict[str, Any]] = []
+    for name, way, batch_sizes in jobs:
+        start = time.perf_counter()
+        subject = prepare(name, way=way, dtype=DTYPE, device=device)
+        for batch_size in batch_sizes:
+            if arguments.compile_only:
+                with torch.inference_mode():
+                    subject.run(subject.pictures(batch_size))
+                continue
+            found = measure(subject, batch_size, seconds=arguments.seconds)
+            rows.append(
+                {
+                    "model": name,
+                    "way": way,
+                    "batch": batch_size,
+                    "images_per_second": round(found.images_per_second),
+                    "milliseconds": round(found.median_ms, 3),
+                    "p90": round(found.p90_ms, 3),
+                    "peak_mib": round(found.peak_mib or 0),
+                    "top1": published.get(name, PEERS.get(name)),
+                }
+            )
+        del subject
+        torch.cuda.empty_cache()
+        torch.compiler.reset()
+        print(f"{name}, {way}: {time.perf_counter() - start:.1f} s", flush=True)
+        if rows:
+            _write(rows, device, arguments.seconds)
+    if rows:
+        table = Table(*rows[0])
+        for row in rows:
+            table.add_row(*map(str, row.values()))
+        Console(width=150).print(table)
+
+
+def _write(rows: list[dict[str, Any]], device: torch.device, seconds: float) -> None:
+    """All rows so far, with each one's ratio to the reference's best at the same batch size."""
+    for row in rows:
+        same = [other for other in rows if other["model"] == REFERENCE and other["batch"] == row["batch"]]
+        if same:
+            best = max(other["images_per_second"] for other in same)
+            row["relative"] = round(row["images_per_second"] / best, 2)
+    protocol = describe_protocol(device, seconds)
+    note = f"224 px, {DTYPE}; {protocol['protocol']}. Clocks: {protocol['clocks']}."
+    write_results("gpu_inference", rows, note=note)
+
+
+if __name__ == "__main__":
+    main()
