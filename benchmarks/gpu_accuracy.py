@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mambavision import create_model
-from mambavision.inference.optimize import optimize
+from mambavision.inference import optimize
 from results_file import write_results
 
 BATCH = 500

@@ -21,7 +21,7 @@ ALLOWED = {
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images"},
     "export": {"inference", "models"},
-    "measure": {"factory", "inference.fuse", "inference.optimize", "layers", "models", "weights.checkpoint"},
+    "measure": {"factory", "inference.fuse", "inference.optimization", "layers", "models", "weights.checkpoint"},
     "inference": {"factory", "layers", "models", "ops", "weights.checkpoint"},
     "factory": {"models", "weights"},
     "models": {"layers"},

@@ -8,10 +8,10 @@ import torch
 
 from deterministic_weights import deterministic_images
 from mambavision import create_model
-from mambavision.inference import gpu
+from mambavision.inference import gpu, optimize
 from mambavision.inference.fuse import fuse
 from mambavision.inference.graphs import MAX_GRAPHS, GraphRunner
-from mambavision.inference.optimize import finished, optimize
+from mambavision.inference.optimization import finished
 from test_fuse import outputs, trained
 
 TINY = "mamba_vision_test_tiny"

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mambavision.config import VARIANTS, UnknownVariantError, get_config
 from mambavision.factory import create_model
 from mambavision.inference.fuse import fuse
-from mambavision.inference.optimize import optimize
+from mambavision.inference.optimization import optimize
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.complexity import count_complexity
 

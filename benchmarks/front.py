@@ -1,0 +1,86 @@
+"""The front of accuracy over throughput as a picture, from what was measured.
+
+    python benchmarks/front.py
+
+Ours are the rows of results/gpu_inference.json at batch 128; the original and its peers those of
+results/others_h200.json and, where the run of ours timed them too, of the former. Runs on different GPUs meet in one
+picture by their ratio to compiled convnext_tiny, which each of them timed. Writes docs/front.png and docs/front.svg.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mambavision.weights.checkpoint import replaced_when_done
+
+RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs"
+STYLES = {
+    "ours": {"color": "#0b6e4f", "marker": "o", "linestyle": "-", "zorder": 3},
+    "original": {"color": "#b3541e", "marker": "s", "linestyle": "--", "zorder": 2},
+    "peer": {"color": "#6b7280", "marker": "^", "linestyle": "none", "zorder": 1},
+}
+
+
+def points() -> tuple[dict[str, list[tuple[float, float, str]]], dict[str, str]]:
+    """(relative throughput, top-1, name) of each kind, best way only; and a label for each kind."""
+    measured = _read("gpu_inference")
+    others = _read("others_h200")
+    found: dict[str, dict[str, tuple[float, float, str]]] = {kind: {} for kind in STYLES}
+    for row in [*others["rows"], *measured["rows"]]:
+        if row.get("batch", 128) != 128 or row["top1"] is None:
+            continue
+        ours = row["model"].startswith("mamba_vision_")
+        kind = row.get("kind") or ("ours" if ours else "peer")
+        name = row["model"].removeprefix("mamba_vision_").split("_patch")[0].removesuffix("_224")
+        point = (row["relative"], row["top1"], name)
+        found[kind][name] = max(point, found[kind].get(name, point)) if "kind" not in row else point
+    labels = {
+        "ours": f"this package, optimize ({measured['device']})",
+        "original": f"the original, as published ({others['device']})",
+        "peer": "timm, compiled",
+    }
+    return {kind: sorted(rows.values()) for kind, rows in found.items()}, labels
+
+
+def draw() -> Figure:
+    """The picture."""
+    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    axes = figure.subplots()
+    kinds, labels = points()
+    for kind, rows in kinds.items():
+        axes.plot([x for x, *_ in rows], [y for _, y, _ in rows], label=labels[kind], **STYLES[kind])
+        for x, y, name in rows:
+            axes.annotate(
+                name, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=8, color=STYLES[kind]["color"]
+            )
+    axes.set_xlabel("images / s, relative to compiled convnext_tiny in the same run (batch 128, 224 px)")
+    axes.set_ylabel("published top-1 on ImageNet-1K / %")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper right")
+    return figure
+
+
+def _read(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
+def main() -> None:
+    """Draw and write both files."""
+    figure = draw()
+    for path in (DOCS / "front.png", DOCS / "front.svg"):
+        with replaced_when_done(path) as temporary:
+            figure.savefig(
+                temporary, format=path.suffix[1:], dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None
+            )
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Every kernel that a network launches compiles for a GPU, which takes none: the interpreter accepts more than that."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", "3.3")
+
+SOURCE = Path(__file__).parents[1] / "src"
+
+# In a Python of its own: without the interpreter, and with Triton's driver replaced by a description of a GPU.
+SCRIPT = """
+import contextlib, json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+class Described:
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+    def get_current_stream(self, device=None):
+        return 0
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+    class utils:
+        @staticmethod
+        def get_device_properties(device):
+            return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
+
+driver.set_active(Described())
+torch.cuda.device = lambda device: contextlib.nullcontext()
+
+from mambavision import create_model
+from mambavision.inference import gpu
+from mambavision.inference.fuse import fuse
+from mambavision.inference.optimization import finished
+from mambavision.ops import launch
+from mambavision.ops.backend import Backend
+
+for name in ("conv3x3", "layer_norm", "linear", "selective_scan", "stem", "token_conv"):
+    __import__(f"mambavision.ops.{name}")
+    module = sys.modules[f"mambavision.ops.{name}"]
+    accepting = [Backend(row.name, row.function, row.strength, lambda _: None) for row in module.BACKENDS]
+    module.refuse_inference_kernels = lambda _: None
+    module.BACKENDS = tuple(row for row in accepting if row.name == "triton")
+
+names = set()
+for name, batch in json.loads(sys.argv[1]):
+    network = fuse(create_model(name))
+    gpu.use_kernels(network)
+    network = finished(network, dtype=torch.bfloat16, tune=False)
+    for few in (True, False):
+        gpu.takes_few = lambda x, few=few: few
+        with torch.inference_mode(), launch.precompiling():
+            network.forward_features(torch.zeros(batch, 3, *network.config.preprocessing.img_size))
+            names |= {key[0].fn.__name__ for key in launch._pending}
+print(json.dumps(sorted(names)))
+"""
+
+
+def compiled(*networks):
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, "-c", SCRIPT, json.dumps(networks)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux builds")
+@pytest.mark.slow
+def test_the_kernels_of_the_networks_compile_for_a_gpu():
+    found = compiled(("mamba_vision_T", 1), ("mamba_vision_T", 8))
+    assert found == {
+        "conv3x3_kernel",
+        "first_conv_kernel",
+        "layer_norm_kernel",
+        "linear_kernel",
+        "stem_kernel",
+        "stitch_kernel",
+        "token_conv_kernel",
+        "walk_kernel",
+    }
