@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             img_size=options.img_size,
             device=find_device(options.device or "cpu"),
         )
-        report = chosen.load()(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
+        report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
     except DifferenceError as error:
         print(f"mambavision: {error}", file=sys.stderr)
         return 1

@@ -55,17 +55,20 @@ def export_aoti(
             torch._inductor.aoti_compile_and_package(program, package_path=str(draft), inductor_configs=settings)
         return sum(node.op == "call_function" for node in program.graph.nodes)
 
-    def load(draft: Path) -> Run:
-        compiled = torch._inductor.aoti_load_package(str(draft))
+    return write_checked(model, path, runtime="AOTInductor", dtype=dtype, uint8=uint8, write=write, load=open_file)
 
-        @torch.inference_mode()
-        def run(pictures: Tensor) -> list[Tensor]:
-            found = compiled(pictures.to(device))
-            return [value.cpu() for value in ([found] if isinstance(found, Tensor) else found)]
 
-        return run
+def open_file(path: Path) -> Run:
+    """The compiled network, on the device that it was compiled for."""
+    compiled = torch._inductor.aoti_load_package(str(path))
+    device = compiled.get_metadata()["AOTI_DEVICE_KEY"]
 
-    return write_checked(model, path, runtime="AOTInductor", dtype=dtype, uint8=uint8, write=write, load=load)
+    @torch.inference_mode()
+    def run(pictures: Tensor) -> list[Tensor]:
+        found = compiled(pictures.to(device).contiguous())  # as it was traced
+        return [value.cpu() for value in ([found] if isinstance(found, Tensor) else found)]
+
+    return run
 
 
 def _scan_backend(model: MambaVisionBackbone, device: torch.device, dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from mambavision.export.pictures import as_input, photographs
+from mambavision.export.pictures import as_input, in_batches, photographs
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 
@@ -148,8 +148,7 @@ def _pairs(model: MambaVisionBackbone, *, uint8: bool, batch_size: int | None) -
     """(normalised pictures, the same as the file takes them): all photographs in one batch and one at another size."""
     normalised = photographs(model)
     if batch_size is not None:
-        filled = torch.cat([normalised, normalised[: -len(normalised) % batch_size or None]])
-        batches = list(filled[: len(filled) // batch_size * batch_size].split(batch_size))
+        batches = in_batches(normalised, batch_size)
         return [(batch, as_input(model, batch, uint8=uint8)) for batch in batches]
     height, width = normalised.shape[-2:]
     other = normalised[:1, :, : height - height // 5, : width - width // 3]

@@ -55,7 +55,7 @@ def export_executorch(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     with packages("Export to ExecuTorch", INSTALL):
-        from executorch.runtime import Runtime
+        import executorch.runtime  # noqa: F401  (`open_file` needs it)
 
     graph = Graph(model, uint8=uint8)
     example = blank_input(graph, batch_size, model.config.preprocessing.img_size)
@@ -74,14 +74,6 @@ def export_executorch(
                 lowered.write_to_file(file)
         return len(lowered.executorch_program.execution_plan[0].chains[0].instructions)
 
-    def load(draft: Path) -> Run:
-        method = Runtime.get().load_program(draft).load_method("forward")
-
-        def run(pictures: Tensor) -> Sequence[Tensor]:
-            return [value.clone() for value in method.execute([pictures])]  # the program's own memory otherwise
-
-        return run
-
     return write_checked(
         model,
         path,
@@ -89,10 +81,23 @@ def export_executorch(
         dtype=dtype,
         uint8=uint8,
         write=write,
-        load=load,
+        load=open_file,
         batch_size=batch_size,
         calibration=describe_calibration(calibration, batches) if batches else None,
     )
+
+
+def open_file(path: Path) -> Run:
+    """The program in ExecuTorch's runtime."""
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(pictures: Tensor) -> Sequence[Tensor]:
+        found = method.execute([pictures.contiguous()])  # it reads memory in this order whatever the strides
+        return [value.clone() for value in found]  # the program's own memory otherwise
+
+    return run
 
 
 def _lower(program: torch.export.ExportedProgram, about: dict[str, str]) -> Any:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 DTYPES = ("float32", "float16", "int8")
@@ -21,6 +22,8 @@ class Format:
         suffix: of its files.
         dtypes: types of `DTYPES` that it has.
         settings: keywords of `function` that other formats lack.
+
+    `open_file` of the module opens a file: pictures in, outputs as float32 on the CPU.
     """
 
     module: str
@@ -29,10 +32,19 @@ class Format:
     dtypes: tuple[str, ...]
     settings: tuple[str, ...] = ()
 
-    def load(self) -> Callable[..., Any]:
-        """The function."""
-        function: Callable[..., Any] = getattr(import_module(f"mambavision.export.{self.module}"), self.function)
-        return function
+    @property
+    def export(self) -> Callable[..., Any]:
+        """The function that writes, reloads and compares."""
+        return self._member(self.function)
+
+    @property
+    def open_file(self) -> Callable[[Path], Any]:
+        """The function that opens a file."""
+        return self._member("open_file")
+
+    def _member(self, name: str) -> Callable[..., Any]:
+        member: Callable[..., Any] = getattr(import_module(f"mambavision.export.{self.module}"), name)
+        return member
 
 
 FORMATS: dict[str, Format] = {

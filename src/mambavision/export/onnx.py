@@ -73,7 +73,7 @@ def export_onnx(
     check_request("onnx", dtype, calibration)
     with packages("Export to ONNX", "onnx onnxruntime onnxscript"):
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401  (`open_file` needs it)
         import onnxscript  # noqa: F401  (torch.onnx needs it)
 
     graph = Graph(model, uint8=uint8, dtype=torch.float16 if dtype == "float16" else torch.float32)
@@ -88,11 +88,6 @@ def export_onnx(
         onnx.checker.check_model(draft, full_check=True)
         return len(proto.graph.node)
 
-    def load(draft: Path) -> Run:
-        session = onnxruntime.InferenceSession(draft, providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        return lambda pictures: [torch.from_numpy(found) for found in session.run(None, {name: pictures.numpy()})]
-
     return write_checked(
         model,
         Path(path),
@@ -100,9 +95,20 @@ def export_onnx(
         dtype=dtype,
         uint8=uint8,
         write=write,
-        load=load,
+        load=open_file,
         calibration=describe_calibration(calibration, batches) if batches else None,
     )
+
+
+def open_file(path: Path) -> Run:
+    """The file in onnxruntime on the CPU, on as many threads as PyTorch uses."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda pictures: [torch.from_numpy(found) for found in session.run(None, {name: pictures.numpy()})]
 
 
 def trace_onnx(model: MambaVisionBackbone, graph: Graph) -> Any:

@@ -71,14 +71,6 @@ def export_openvino(
             openvino.save_model(converted, draft, compress_to_fp16=dtype == "float16")
             return len(converted.get_ops())
 
-    def load(draft: Path) -> Run:
-        compiled = openvino.Core().compile_model(draft, "CPU", SETTINGS)
-
-        def run(pictures: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(value.copy()) for value in compiled([pictures.numpy()]).values()]
-
-        return run
-
     return write_checked(
         model,
         path,
@@ -86,6 +78,18 @@ def export_openvino(
         dtype=dtype,
         uint8=uint8,
         write=write,
-        load=load,
+        load=open_file,
         calibration=describe_calibration(calibration, batches) if batches else None,
     )
+
+
+def open_file(path: Path) -> Run:
+    """The file on the CPU."""
+    import openvino
+
+    compiled = openvino.Core().compile_model(path, "CPU", SETTINGS)
+
+    def run(pictures: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(value.copy()) for value in compiled([pictures.numpy()]).values()]
+
+    return run

@@ -66,9 +66,13 @@ def calibration_batches(
         taken = min(len(named), MOST_PICTURES)
         pictures = [read_image(named[place * len(named) // taken]) for place in range(taken)]
     inputs = as_input(model, _normalised(model, pictures), uint8=uint8)
-    missing = -len(inputs) % batch_size
-    filling = list(itertools.islice(itertools.cycle(inputs), missing))
-    return list(torch.stack([*inputs, *filling]).split(batch_size))
+    return in_batches(inputs, batch_size)
+
+
+def in_batches(pictures: Tensor, batch_size: int) -> list[Tensor]:
+    """Pictures in batches of one size; the last one is filled with the first pictures."""
+    batches = -(-len(pictures) // batch_size)
+    return list(pictures[torch.arange(batches * batch_size) % len(pictures)].split(batch_size))
 
 
 def describe_calibration(calibration: Calibration | None, batches: list[Tensor]) -> str:

@@ -44,14 +44,16 @@ def export_torch(
         torch.export.save(program, draft, extra_files={METADATA: json.dumps(metadata(model))})
         return sum(node.op == "call_function" for node in program.graph.nodes)
 
-    def load(draft: Path) -> Run:
-        module = torch.export.load(draft).module()
+    return write_checked(model, path, runtime="torch.export", dtype=dtype, uint8=uint8, write=write, load=open_file)
 
-        @torch.inference_mode()
-        def run(pictures: Tensor) -> list[Tensor]:
-            found = module(pictures)
-            return [found] if isinstance(found, Tensor) else list(found)
 
-        return run
+def open_file(path: Path) -> Run:
+    """The file's operations as a module."""
+    module = torch.export.load(path).module()
 
-    return write_checked(model, path, runtime="torch.export", dtype=dtype, uint8=uint8, write=write, load=load)
+    @torch.inference_mode()
+    def run(pictures: Tensor) -> list[Tensor]:
+        found = module(pictures)
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    return run
