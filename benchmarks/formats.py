@@ -148,8 +148,8 @@ def main() -> None:
     write_results(
         "formats",
         rows,
-        note=f"`{MODEL}` on the first {len(pictures):,} test pictures of CIFAR-10. Error: a logit's largest difference to "
-        f"PyTorch's, relative to the largest logit. Times: medians of {arguments.rounds} rounds in turns.",
+        note=f"`{MODEL}` on the first {len(pictures):,} test pictures of CIFAR-10. Error: a logit's largest difference "
+        f"to PyTorch's, relative to the largest logit. Times: medians of {arguments.rounds} rounds in turns.",
     )
 
 
