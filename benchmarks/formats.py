@@ -3,8 +3,8 @@
     python benchmarks/formats.py data/cifar10
 
 The folder is what get_cifar10.py writes. int8 is calibrated on 256 of its training pictures and, as ONNX, on the sample
-photographs too, to see what that is worth. All files take turns in the timing, round after round. A format whose
-library is not installed is left out and named; float16 of PyTorch's own formats is for GPUs and left out too.
+photographs too, to see what that is worth. All files take turns in the timing, a few calls each, round after round. A
+format whose library is not installed is left out and named; float16 of PyTorch's own formats is for GPUs and left out too.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ from results_file import write_results
 
 MODEL = "mamba_vision_nano_32"
 BATCHES = (1, 32)
+CALLS = 5  # in a row, a round
+PAUSE = 0.2  # seconds in which the runtime before gives up waiting for work on the processor
 PAGES = {"onnx": "onnx", "torch-export": "torch", "aoti": "torch", "openvino": "openvino", "executorch": "executorch"}
 RUNTIMES = {"onnx": "onnxruntime", "torch-export": "torch", "aoti": "torch"}
 
@@ -63,7 +65,8 @@ def write_files(model: Any, folder: Path, calibration: list[np.ndarray]) -> list
                 files = [folder / f"{name}-{dtype}-{told}-{place}{chosen.suffix}" for place in range(len(settings))]
                 try:
                     for path, keywords in zip(files, settings, strict=True):
-                        chosen.export(model, path, dtype=dtype, **keywords)
+                        if not path.exists():
+                            chosen.export(model, path, dtype=dtype, **keywords)
                 except ExportError as error:
                     print(error)
                     break
@@ -93,12 +96,14 @@ def time_all(rows: list[dict[str, Any]], pictures: Tensor, rounds: int) -> None:
     for size in BATCHES:
         batch = pictures[:size].contiguous()
         times: list[list[float]] = [[] for _ in rows]
-        for number in range(rounds + 3):
+        for _ in range(rounds):
             for row, taken in zip(rows, times, strict=True):
-                start = time.perf_counter()
-                row["runs"][size](batch)
-                if number >= 3:  # warm-up
-                    taken.append(1e3 * (time.perf_counter() - start))
+                time.sleep(PAUSE)
+                for number in range(CALLS + 2):
+                    start = time.perf_counter()
+                    row["runs"][size](batch)
+                    if number >= 2:  # warm-up
+                        taken.append(1e3 * (time.perf_counter() - start))
         for row, taken in zip(rows, times, strict=True):
             row[f"milliseconds_{size}"] = round(statistics.median(taken), 2)
 
@@ -108,7 +113,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.npz and val.npz")
     parser.add_argument("--pictures", type=int, default=2000, help="test pictures, from the first (default: 2000)")
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--files", type=Path, metavar="DIR", help="where files are kept and, if there, not made again")
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     model = create_model(MODEL, pretrained=True).eval()
     training = np.load(arguments.data / "train.npz")["images"]
@@ -129,7 +135,7 @@ def main() -> None:
             {**torch_runtime, "format": "PyTorch, folded", "runs": {size: _listed(fused) for size in BATCHES}},
         ]
         with torch.inference_mode(False):
-            rows += write_files(model, Path(folder), calibration)
+            rows += write_files(model, arguments.files or Path(folder), calibration)
         expected = logits_of(rows[0]["runs"][32], pictures)
         for row in rows:
             found = logits_of(row["runs"][BATCHES[-1]], pictures)
@@ -149,7 +155,7 @@ def main() -> None:
         "formats",
         rows,
         note=f"`{MODEL}` on the first {len(pictures):,} test pictures of CIFAR-10. Error: a logit's largest difference "
-        f"to PyTorch's, relative to the largest logit. Times: medians of {arguments.rounds} rounds in turns.",
+        f"to PyTorch's, relative to the largest logit. Times: medians of {arguments.rounds} rounds of {CALLS} calls, in turns.",
     )
 
 
