@@ -4,7 +4,8 @@
 
 The folder is what get_cifar10.py writes. int8 is calibrated on 256 of its training pictures and, as ONNX, on the sample
 photographs too, to see what that is worth. All files take turns in the timing, a few calls each, round after round. A
-format whose library is not installed is left out and named; float16 of PyTorch's own formats is for GPUs and left out too.
+format whose library is not installed is left out and named; float16 of PyTorch's own formats, which is for GPUs, is
+left out too.
 """
 
 from __future__ import annotations
@@ -155,7 +156,8 @@ def main() -> None:
         "formats",
         rows,
         note=f"`{MODEL}` on the first {len(pictures):,} test pictures of CIFAR-10. Error: a logit's largest difference "
-        f"to PyTorch's, relative to the largest logit. Times: medians of {arguments.rounds} rounds of {CALLS} calls, in turns.",
+        "to PyTorch's, relative to the largest logit. "
+        f"Times: medians of {arguments.rounds} rounds of {CALLS} calls, in turns.",
     )
 
 
