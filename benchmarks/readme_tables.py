@@ -123,6 +123,17 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("sequential_us", "without chunks / us", ".1f"),
         Column("training_us", "forward and backward / us", ".1f"),
     ),
+    "formats": (
+        Column("format", "format"),
+        Column("dtype", "type"),
+        Column("runtime", "runtime"),
+        Column("bytes", "file / bytes", ","),
+        Column("error", "error", ".1e"),
+        Column("agreement", "PyTorch's class", ".1%"),
+        Column("top1", "top-1 %", ".2f"),
+        Column("milliseconds_1", "batch 1 / ms", ".1f"),
+        Column("milliseconds_32", "batch 32 / ms", ".0f"),
+    ),
     "ablation": (
         Column("mixer_order", "mixer order"),
         Column("dt_bias_init", "step-bias start"),

@@ -20,7 +20,7 @@ ALLOWED = {
     "cli": {"__init__", "engine", "export", "factory", "data.folder", "inference", "measure", "models", "weights"},
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images"},
-    "export": {"inference", "models"},
+    "export": {"inference", "models", "ops"},
     "measure": {"factory", "inference.fuse", "inference.optimization", "layers", "models", "weights.checkpoint"},
     "inference": {"factory", "layers", "models", "ops", "weights.checkpoint"},
     "factory": {"models", "weights"},
@@ -47,9 +47,9 @@ CORE = {
         "measure",
         "export",
     },
-    "numpy": {"inference", "data", "engine", "export"},
+    "numpy": {"inference", "data", "engine"},
     "torchvision": {"inference", "data"},
-    "PIL": {"inference", "data"},
+    "PIL": {"inference", "data", "export.pictures"},
     "safetensors": {"weights"},
     "huggingface_hub": {"weights.fetching"},
     "rich": {"cli", "engine"},
@@ -61,15 +61,20 @@ EXTRA = {
     "matplotlib": {"engine.plots", "measure.plots"},
     "torch.utils.tensorboard": {"engine.logs"},
     "jsonargparse": {"cli.train"},
-    "onnx": {"export"},
-    "onnxruntime": {"export"},
-    "onnxscript": {"export"},
+    "onnx": {"export.onnx", "export.openvino"},
+    "onnxruntime": {"export.onnx"},
+    "onnxscript": {"export.onnx", "export.openvino"},
+    "openvino": {"export.openvino"},
+    "executorch": {"export.executorch"},
+    "torchao": {"export.executorch"},
     "pyarrow": {"inference.features"},
     "transformers": {"integrations.huggingface"},
 }
 PLACES = CORE | WITH_TORCH | EXTRA
 # Declared because a package of these tables works better with it, imported nowhere.
 UNIMPORTED = {"accelerate"}
+# Installed with another one of them.
+BROUGHT = {"torchao"}
 # Settings are read by tools that never load torch, and by the command line before it does.
 STANDARD_LIBRARY_ONLY = ("config", "data.config", "engine.config")
 
@@ -215,10 +220,10 @@ def test_packages_from_elsewhere_are_declared():
     text = (ROOT / "pyproject.toml").read_text()
     declared = text[text.index("\ndependencies = [") : text.index("[project.optional-dependencies]")]
     extras = text[text.index("[project.optional-dependencies]") : text.index("[project.scripts]")]
-    in_extras = re.findall(r"^(?:train|huggingface|embed|export) = (.*)$", extras, re.MULTILINE)
+    in_extras = re.findall(r"^(?:train|huggingface|embed|export|openvino|executorch) = (.*)$", extras, re.MULTILINE)
     assert set(re.findall(r'"([\w-]+)', declared)) == {{"PIL": "pillow"}.get(name, name) for name in CORE}
     found = set(re.findall(r'"([\w-]+)', " ".join(in_extras)))
-    assert found - UNIMPORTED == {name.split(".")[-1] for name in EXTRA}
+    assert found - UNIMPORTED - {"mambavision"} == {name.split(".")[-1] for name in EXTRA} - BROUGHT
 
 
 def test_settings_need_the_standard_library_alone():

@@ -1,8 +1,10 @@
 """Export to ONNX: what the file holds, computes and says, and what happens when it would be wrong."""
 
 import json
+import shutil
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -120,7 +122,7 @@ def quick(monkeypatch, nano_onnx):
     import onnx
 
     proto = onnx.load(nano_onnx[1].path)
-    monkeypatch.setattr(export, "_trace", lambda *_: proto)
+    monkeypatch.setattr(export, "trace_onnx", lambda *_: proto)
     return proto
 
 
@@ -141,7 +143,13 @@ def test_the_command_prints_what_it_wrote(quick, tmp_path, capsys):
     assert main(["export", "mamba_vision_nano_32", "--output", str(path)]) == 0
     out = capsys.readouterr().out
     assert f"{path}: " in out
-    for word in ("MiB", "nodes", "largest error", "ms"):
+    for word in (
+        "MiB",
+        "nodes",
+        "largest error",
+        "the same class for 100% of the photographs",
+        "ms a call (onnxruntime)",
+    ):
         assert word in out
     assert [file.name for file in path.parent.iterdir()] == ["nano.onnx"]
 
@@ -152,6 +160,67 @@ def test_large_weights_lie_beside_the_graph(quick, tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["nano.onnx", "nano.onnx.data"]
     assert report.path.stat().st_size < 2**21 < report.size
     open_session(report)
+
+
+def read_types(proto):
+    """Number types of the weights -> how many bytes of each."""
+    import onnx
+
+    found = Counter()
+    for tensor in proto.graph.initializer:
+        found[onnx.TensorProto.DataType.Name(tensor.data_type)] += len(tensor.raw_data)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("uint8", [False, True])
+def test_half_precision_halves_the_file_and_keeps_the_scan(nano_onnx, tmp_path, uint8):
+    import onnx
+
+    model, whole = nano_onnx
+    report = export.export_onnx(model, tmp_path / "half.onnx", dtype="float16", uint8=uint8)
+    assert report.size < 0.52 * whole.size
+    assert 1e-5 < report.error < 2e-3
+    assert report.agreement == 1
+    proto = onnx.load(report.path)
+    types = read_types(proto)
+    assert types["FLOAT16"] > 50 * types["FLOAT"] > 0  # A, D and the step bias
+    assert [value.type.tensor_type.elem_type for value in proto.graph.output] == [onnx.TensorProto.FLOAT]
+    assert {node.domain for node in proto.graph.node} == {""}
+
+
+@pytest.mark.slow
+def test_int8_quantises_products_and_leaves_the_scan(quick, nano_onnx, tmp_path, monkeypatch, caplog):
+    import onnx
+
+    model, whole = nano_onnx
+    monkeypatch.setattr(export, "MAX_BYTES_INSIDE", 2**20)
+    report = export.export_onnx(model, tmp_path / "int8.onnx", dtype="int8")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["int8.onnx", "int8.onnx.data"]
+    assert report.size < 0.3 * whole.size
+    assert 1e-3 < report.error < 0.2
+    assert report.agreement == 1
+    assert report.calibration == "the sample photographs, whole, in their corners and mirrored"
+    proto = onnx.load(report.path)
+    onnx.checker.check_model(report.path, full_check=True)
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert [entry.domain for entry in proto.opset_import] == [""]
+    types = read_types(proto)
+    assert types["INT8"] > 10 * types["FLOAT"] > 0
+    fed = {name for node in proto.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    for node in proto.graph.node:
+        if node.op_type in export.QUANTIZED_OPERATORS:
+            assert set(node.input[:2]) <= fed, node.name
+    assert not caplog.records  # onnxruntime's advice to run its optimiser first
+
+
+def test_int8_takes_pictures_of_ones_own(quick, nano_onnx, tmp_path):
+    folder = tmp_path / "pictures" / "cat"
+    folder.mkdir(parents=True)
+    for path in sample_pictures()[:3]:
+        shutil.copy(path, folder)
+    report = export.export_onnx(nano_onnx[0], tmp_path / "i.onnx", dtype="int8", calibration=folder.parent)
+    assert report.calibration == f"3 pictures of {folder.parent}"
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxruntime", "onnxscript"])

@@ -16,7 +16,7 @@ from mambavision.weights import WEIGHTS
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 CORE = {"huggingface_hub", "numpy", "pillow", "rich", "safetensors", "torch", "torchvision"}
-EXTRAS = {"all", "dev", "embed", "export", "huggingface", "timm", "train"}
+EXTRAS = {"all", "dev", "embed", "executorch", "export", "huggingface", "openvino", "timm", "train"}
 
 
 @pytest.fixture(scope="module")

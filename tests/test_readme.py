@@ -15,6 +15,7 @@ from rich.console import Console
 from mambavision import cli, create_model
 from mambavision.cli.arguments import UsageError
 from mambavision.cli.train import parse as parse_training
+from mambavision.export.formats import FORMATS, default_name
 from mambavision.inference.images import SAMPLES
 from mambavision.weights import WEIGHTS, read_checkpoint, save_checkpoint
 from weight_files import hub_cache, remote_repository, use_hub_cache
@@ -22,6 +23,9 @@ from weight_files import hub_cache, remote_repository, use_hub_cache
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Suffix of a file that an example opens -> the format it is exported to.
+FILES = {".xml": "openvino", ".aoti.pt2": "aoti", ".pt2": "torch-export", ".pte": "executorch"}
+SLOW_FILES = (".aoti.pt2", ".pte")  # take a minute or more to write
 MAIN = "python3 -m venv .venv && .venv/bin/pip install -e . && .venv/bin/mambavision classify --samples"
 TESTS = 'python3 -m venv .venv && .venv/bin/pip install -e ".[dev]" && .venv/bin/python -m pytest'
 
@@ -34,7 +38,8 @@ def examples(language):
         for fence in FENCE.finditer(text):
             if fence[1] == language:
                 place = f"{path.relative_to(ROOT)}:{text[: fence.start()].count(chr(10)) + 1}"
-                found.append(pytest.param(fence[2], id=place))
+                slow = any(f'{suffix}"' in fence[2] for suffix in SLOW_FILES)
+                found.append(pytest.param(fence[2], id=place, marks=[pytest.mark.slow] if slow else []))
     return found
 
 
@@ -93,6 +98,14 @@ def printed_values(code):
                 yield value
 
 
+def export_packaged(name, folder):
+    """Write the packaged model in a format under the name that the command gives it."""
+    if name in ("openvino", "executorch"):
+        pytest.importorskip(name)
+    model = create_model("mamba_vision_nano_32", pretrained=True)
+    FORMATS[name].export(model, folder / default_name("mamba_vision_nano_32", name, "float32"))
+
+
 @pytest.mark.parametrize("code", examples("python"))
 def test_a_python_example_runs_and_prints_what_it_says(code, request, weights, tmp_path, monkeypatch, capsys):
     if "integrations.huggingface" in code:
@@ -101,6 +114,8 @@ def test_a_python_example_runs_and_prints_what_it_says(code, request, weights, t
         use_hub_cache(monkeypatch, request.getfixturevalue("hub"))
     if ".onnx" in code:
         shutil.copy(request.getfixturevalue("nano_onnx")[1].path, tmp_path)
+    if suffix := next((suffix for suffix in FILES if f'{suffix}"' in code), None):
+        export_packaged(FILES[suffix], tmp_path)
     monkeypatch.setattr("mambavision.factory.fetch_weights", weights)
     variants = {spec.repo_id: spec.variant for spec in WEIGHTS.values()}
     monkeypatch.setattr(

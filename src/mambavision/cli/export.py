@@ -7,39 +7,69 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambavision.cli.arguments import UsageError, image_size
+from mambavision.cli.arguments import UsageError, image_size, positive
 
-SUMMARY = "Write a network as an ONNX file and compare it with PyTorch."
+SUMMARY = "Write a network as a file of another runtime and compare it with PyTorch."
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
+    from mambavision.export.formats import DTYPES, FORMATS
+
     parser = argparse.ArgumentParser(
         prog="mambavision export",
-        description="Write a network in float32 for onnxruntime and others, and compare it on the sample photographs.",
-        epilog="Batch, height and width are dynamic. Exit code 1: the outputs differed and no file was written.",
+        description="Write a network for another runtime, reload it there and compare it on the sample photographs.",
+        epilog="Batch, height and width are dynamic, but for executorch. "
+        "Exit code 1: the outputs differed and no file was written.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name that `mambavision models` lists; its published weights")
-    parser.add_argument("--format", choices=("onnx",), default="onnx", help="default: onnx")
+    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="default: onnx")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32; no format has all")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of your own")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: MODEL.onnx)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: MODEL, type and suffix)")
     parser.add_argument("--features", action="store_true", help="the four feature maps instead of the classes")
     parser.add_argument("--uint8", action="store_true", help="take pictures as bytes and normalise them inside")
     parser.add_argument(
         "--img-size", type=image_size, metavar="SIZE", help="size that windows cover (default: the model's own)"
     )
+    parser.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="pictures to calibrate int8 on, in any subfolders; 256 are taken (default: the sample photographs)",
+    )
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="executorch: pictures a call (default: 1)")
+    parser.add_argument("--device", help="aoti: what the file is compiled for, cpu (default), cuda, ...")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; 1 when the file would have differed."""
     options = build_parser().parse_args(argv)
-    output = options.output or Path(f"{options.model}.onnx")
+    from mambavision.export.formats import FORMATS, check_request, default_name
+
+    chosen = FORMATS[options.format]
+    output = options.output or Path(default_name(options.model, options.format, options.dtype))
     if output.is_dir():
         raise UsageError(f"--output must be a file, and {output} is a folder.")
+    if options.device is not None and options.format != "aoti":
+        raise UsageError(f"--device is for aoti alone; {options.format} files are for no device in particular.")
+    settings = {}
+    for name in ("calibration", "batch_size"):
+        value = getattr(options, name)
+        if value is not None and name not in chosen.settings:
+            others = " and ".join(other for other, row in FORMATS.items() if name in row.settings)
+            raise UsageError(f"--{name.replace('_', '-')} is for {others}, not for {options.format}.")
+        if value is not None:
+            settings[name] = value
+    try:
+        check_request(options.format, options.dtype, options.calibration)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
-    from mambavision.export.onnx import DifferenceError, export_onnx
+    from mambavision.export.check import DifferenceError
     from mambavision.factory import create_model
+    from mambavision.inference.predictor import find_device
 
     try:
         model = create_model(
@@ -48,15 +78,18 @@ def main(argv: Sequence[str]) -> int:
             checkpoint_path=options.checkpoint,
             features_only=options.features,
             img_size=options.img_size,
+            device=find_device(options.device or "cpu"),
         )
-        report = export_onnx(model, output, uint8=options.uint8)
+        report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
     except DifferenceError as error:
         print(f"mambavision: {error}", file=sys.stderr)
         return 1
     except ValueError as error:  # what was asked for cannot be
         raise UsageError(str(error)) from error
     print(f"{report.path}: {report.size / 2**20:.1f} MiB, {report.nodes} nodes")
-    print(
-        f"largest error {report.error:.1e} of the largest value, {report.milliseconds:.1f} ms a picture (onnxruntime)"
-    )
+    if report.calibration is not None:
+        print(f"calibrated on {report.calibration}")
+    agreement = "" if report.agreement is None else f", the same class for {report.agreement:.0%} of the photographs"
+    print(f"largest error {report.error:.1e} of the largest value{agreement}")
+    print(f"{report.milliseconds:.1f} ms a call ({report.runtime})")
     return 0

@@ -1,0 +1,169 @@
+"""The packaged model in every format and type: size, error, accuracy and speed on this CPU.
+
+    python benchmarks/formats.py data/cifar10
+
+The folder is what get_cifar10.py writes. int8 is calibrated on 256 of its training pictures and, as ONNX, on the sample
+photographs too, to see what that is worth. All files take turns in the timing, a few calls each, round after round. A
+format whose library is not installed is left out and named; float16 of PyTorch's own formats, which is for GPUs, is
+left out too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from mambavision import create_model
+from mambavision.export.check import ExportError
+from mambavision.export.formats import FORMATS
+from mambavision.export.graph import normalization
+from mambavision.export.pictures import in_batches
+from mambavision.inference.fuse import fuse
+from results_file import write_results
+
+MODEL = "mamba_vision_nano_32"
+BATCHES = (1, 32)
+CALLS = 5  # in a row, a round
+PAUSE = 0.2  # seconds in which the runtime before gives up waiting for work on the processor
+PAGES = {"onnx": "onnx", "torch-export": "torch", "aoti": "torch", "openvino": "openvino", "executorch": "executorch"}
+RUNTIMES = {"onnx": "onnxruntime", "torch-export": "torch", "aoti": "torch"}
+
+Run = Callable[[Tensor], Any]
+
+
+def read_pictures(file: Path, model: Any) -> tuple[np.ndarray, Tensor, Tensor]:
+    """Pictures as bytes and normalised, (N, 3, 32, 32), and labels."""
+    with np.load(file) as content:
+        images, labels = content["images"], torch.from_numpy(content["labels"].astype(np.int64))
+    normalised = normalization(model)(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() / 255)
+    return images, normalised, labels
+
+
+def write_files(model: Any, folder: Path, calibration: list[np.ndarray]) -> list[dict[str, Any]]:
+    """One row a file, with a `run` for each batch size."""
+    rows = []
+    for name, chosen in FORMATS.items():
+        for dtype in chosen.dtypes if RUNTIMES.get(name) != "torch" else ("float32",):
+            ways: list[tuple[str | None, list[np.ndarray] | None]] = [(None, None)]
+            if dtype == "int8":
+                ways = [("training", calibration), *([("sample", None)] if name == "onnx" else [])]
+            for told, pictures in ways:
+                settings = [{"batch_size": size} for size in BATCHES] if "batch_size" in chosen.settings else [{}]
+                if dtype == "int8":
+                    settings = [{**entry, "calibration": pictures} for entry in settings]
+                files = [folder / f"{name}-{dtype}-{told}-{place}{chosen.suffix}" for place in range(len(settings))]
+                try:
+                    for path, keywords in zip(files, settings, strict=True):
+                        if not path.exists():
+                            chosen.export(model, path, dtype=dtype, **keywords)
+                except ExportError as error:
+                    print(error)
+                    break
+                beside = (path for path in folder.iterdir() if path.name.startswith(files[0].stem + "."))
+                runtime = RUNTIMES.get(name, name)
+                rows.append(
+                    {
+                        "format": f"[{name}]({PAGES[name]}.md)",
+                        "dtype": f"int8, {told} pictures" if told else dtype,
+                        "runtime": f"{runtime} {importlib.metadata.version(runtime)}",
+                        "bytes": sum(path.stat().st_size for path in beside),
+                        "runs": dict(zip(BATCHES, [chosen.open_file(path) for path in files] * 2, strict=False)),
+                    }
+                )
+                print(rows[-1]["format"], rows[-1]["dtype"], flush=True)
+    return rows
+
+
+def logits_of(run: Run, pictures: Tensor) -> Tensor:
+    """Logits of all pictures; the last batch is filled up."""
+    found = [run(batch)[0].clone() for batch in in_batches(pictures, BATCHES[-1])]
+    return torch.cat(found)[: len(pictures)]
+
+
+def time_all(rows: list[dict[str, Any]], pictures: Tensor, rounds: int) -> None:
+    """Median milliseconds a call at each batch size, into the rows."""
+    for size in BATCHES:
+        batch = pictures[:size].contiguous()
+        times: list[list[float]] = [[] for _ in rows]
+        for _ in range(rounds):
+            for row, taken in zip(rows, times, strict=True):
+                time.sleep(PAUSE)
+                for number in range(CALLS + 2):
+                    start = time.perf_counter()
+                    row["runs"][size](batch)
+                    if number >= 2:  # warm-up
+                        taken.append(1e3 * (time.perf_counter() - start))
+        for row, taken in zip(rows, times, strict=True):
+            row[f"milliseconds_{size}"] = round(statistics.median(taken), 2)
+
+
+def main() -> None:
+    """Write, measure, print and keep."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with train.npz and val.npz")
+    parser.add_argument("--pictures", type=int, default=2000, help="test pictures, from the first (default: 2000)")
+    parser.add_argument("--files", type=Path, metavar="DIR", help="where files are kept and, if there, not made again")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    model = create_model(MODEL, pretrained=True).eval()
+    training = np.load(arguments.data / "train.npz")["images"]
+    calibration = list(training[:: len(training) // 256][:256])
+    _, pictures, labels = (values[: arguments.pictures] for values in read_pictures(arguments.data / "val.npz", model))
+
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        fused = fuse(model)
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        torch_runtime = {"dtype": "float32", "runtime": f"torch {importlib.metadata.version('torch')}"}
+        rows: list[dict[str, Any]] = [
+            {
+                **torch_runtime,
+                "format": "PyTorch",
+                "bytes": weights,
+                "runs": {size: _listed(model) for size in BATCHES},
+            },
+            {**torch_runtime, "format": "PyTorch, folded", "runs": {size: _listed(fused) for size in BATCHES}},
+        ]
+        with torch.inference_mode(False):
+            rows += write_files(model, arguments.files or Path(folder), calibration)
+        expected = logits_of(rows[0]["runs"][32], pictures)
+        for row in rows:
+            found = logits_of(row["runs"][BATCHES[-1]], pictures)
+            row["error"] = None if row is rows[0] else ((found - expected).abs().max() / expected.abs().max()).item()
+            row["agreement"] = (found.argmax(1) == expected.argmax(1)).float().mean().item()
+            row["top1"] = round(100 * (found.argmax(1) == labels).float().mean().item(), 2)
+            print(row["format"], row["dtype"], row["top1"], flush=True)
+        time_all(rows, pictures, arguments.rounds)
+        for row in rows:
+            del row["runs"]
+
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(row.get(key, "")) for key in rows[0]))
+    Console().print(table)
+    write_results(
+        "formats",
+        rows,
+        note=f"`{MODEL}` on the first {len(pictures):,} test pictures of CIFAR-10. Error: a logit's largest difference "
+        "to PyTorch's, relative to the largest logit. "
+        f"Times: medians of {arguments.rounds} rounds of {CALLS} calls, in turns.",
+    )
+
+
+def _listed(module: Any) -> Run:
+    return lambda pictures: [module(pictures)]
+
+
+if __name__ == "__main__":
+    main()

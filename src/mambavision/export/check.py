@@ -1,0 +1,185 @@
+"""A file is written beside its place, reloaded, compared with PyTorch on photographs, and only then put there."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mambavision.export.pictures import as_input, in_batches, photographs
+from mambavision.models.backbone import MambaVisionBackbone
+from mambavision.models.classifier import MambaVision
+
+# What a reloaded file does: pictures in, outputs as float32 on the CPU.
+Run: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
+
+# Largest difference that is taken for rounding, of the largest value of an output.
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "int8": 0.35}
+# Share of the photographs whose likeliest class must be PyTorch's. In the other types the bound above says it all.
+LEAST_AGREEMENT = {"int8": 0.75}
+_TIMED_RUNS = 5
+
+
+class ExportError(RuntimeError):
+    """A network that cannot be exported; the message is one sentence with the reason."""
+
+
+class DifferenceError(ExportError):
+    """The file's outputs differ from PyTorch's, so it was not kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written and how it compares.
+
+    Attributes:
+        path: the file.
+        runtime: what it was reloaded in.
+        dtype: type of its weights and of what it computes.
+        size: its bytes, with those of the weights where these lie beside it.
+        nodes: operations in the graph.
+        error: largest difference to PyTorch on the sample photographs, relative to the largest value of its output.
+        agreement: share of the photographs whose likeliest class is PyTorch's; None for a backbone.
+        milliseconds: median of a call with one picture (or with the batch that the file is for).
+        calibration: in words, what int8 was calibrated on; None for other types.
+    """
+
+    path: Path
+    runtime: str
+    dtype: str
+    size: int
+    nodes: int
+    error: float
+    agreement: float | None
+    milliseconds: float
+    calibration: str | None = None
+
+
+@contextmanager
+def packages(what: str, install: str) -> Iterator[None]:
+    """Imports inside become one sentence when something is not installed.
+
+    Args:
+        what: needs the packages.
+        install: arguments for `pip install`.
+
+    Raises:
+        ExportError: a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        raise ExportError(f"{what} needs {missing}, which is not installed: pip install {install}.") from error
+
+
+def write_checked(
+    model: MambaVisionBackbone,
+    path: Path,
+    *,
+    runtime: str,
+    dtype: str,
+    uint8: bool,
+    write: Callable[[Path], int],
+    load: Callable[[Path], Run],
+    batch_size: int | None = None,
+    calibration: str | None = None,
+) -> Report:
+    """Write to a folder of its own, reload, compare, and move what was written to `path` and beside it.
+
+    Args:
+        model: computes what is expected.
+        path: of the file; missing folders are made.
+        runtime: what it is reloaded in, in messages.
+        dtype: decides the tolerance.
+        uint8: what the file takes.
+        write: makes the file, and others beside it with names of their own; gives the number of its operations.
+        load: opens the file.
+        batch_size: of a file that takes so many pictures of the model's own size and no others.
+        calibration: for the report.
+
+    Raises:
+        DifferenceError: the file computes something else; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        draft = Path(folder) / path.name
+        nodes = write(draft)
+        run = load(draft)
+        pairs = _pairs(model, uint8=uint8, batch_size=batch_size)
+        error, agreement = _compare(model, run, pairs)
+        milliseconds = _time(run, pairs[0][1] if batch_size else pairs[0][1][:1])
+        del run
+        if not error <= TOLERANCES[dtype]:  # NaN included
+            raise DifferenceError(
+                f"{path} was not kept: {runtime}'s outputs differ from PyTorch's by {error:.1e} of the largest value."
+            )
+        if agreement is not None and agreement < LEAST_AGREEMENT.get(dtype, 0):
+            raise DifferenceError(
+                f"{path} was not kept: {runtime} gives only {agreement:.0%} of the sample photographs PyTorch's class."
+            )
+        files = sorted(Path(folder).iterdir(), key=lambda file: file == draft)  # the graph last
+        size = sum(file.stat().st_size for file in files)
+        for file in files:
+            os.replace(file, path.with_name(file.name))
+    return Report(
+        path=path,
+        runtime=runtime,
+        dtype=dtype,
+        size=size,
+        nodes=nodes,
+        error=error,
+        agreement=agreement,
+        milliseconds=milliseconds,
+        calibration=calibration,
+    )
+
+
+def _pairs(model: MambaVisionBackbone, *, uint8: bool, batch_size: int | None) -> list[tuple[Tensor, Tensor]]:
+    """(normalised pictures, the same as the file takes them): all photographs in one batch and one at another size."""
+    normalised = photographs(model)
+    if batch_size is not None:
+        batches = in_batches(normalised, batch_size)
+        return [(batch, as_input(model, batch, uint8=uint8)) for batch in batches]
+    height, width = normalised.shape[-2:]
+    other = normalised[:1, :, : height - height // 5, : width - width // 3]
+    return [(batch, as_input(model, batch, uint8=uint8)) for batch in (normalised, other)]
+
+
+def _compare(model: MambaVisionBackbone, run: Run, pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float | None]:
+    """Largest relative error and, of a classifier, the share of equal classes."""
+    weight = next(model.parameters())
+    errors, equal = [], []
+    was_training = model.training
+    model.eval()
+    try:
+        for inputs, fed in pairs:
+            with torch.inference_mode():
+                expected = model(inputs.to(weight))
+            maps = [expected] if isinstance(expected, Tensor) else expected
+            for ours, theirs in zip(maps, run(fed), strict=True):
+                reference = ours.float().cpu()
+                errors.append((theirs - reference).abs().max() / reference.abs().max())
+                if isinstance(model, MambaVision):
+                    equal.append(theirs.argmax(-1) == reference.argmax(-1))
+    finally:
+        model.train(was_training)
+    return torch.stack(errors).max().item(), torch.cat(equal).float().mean().item() if equal else None
+
+
+def _time(run: Run, pictures: Tensor) -> float:
+    times = []
+    for _ in range(_TIMED_RUNS):
+        started = time.perf_counter()
+        run(pictures)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)

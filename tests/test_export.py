@@ -1,0 +1,182 @@
+"""What the formats share: the table of them, the check before a file is kept, the pictures, the command's sentences."""
+
+import sys
+
+import pytest
+import torch
+
+from mambavision import create_model
+from mambavision.cli import main
+from mambavision.export import check, formats, graph, pictures
+from mambavision.inference.images import sample_pictures
+
+
+@pytest.fixture(scope="module")
+def nano():
+    return create_model("mamba_vision_nano_32", pretrained=True)
+
+
+def written(draft):
+    """A file of two, and its operations."""
+    draft.write_text("graph")
+    draft.with_name("weights").write_text("weights")
+    return 7
+
+
+def runs(model, change=lambda logits: logits):
+    """A runtime that computes what PyTorch does, changed."""
+
+    @torch.inference_mode()
+    def run(batch):
+        return [change(model(batch))]
+
+    return lambda _: run
+
+
+def write_checked(model, path, dtype="float32", **changes):
+    arguments = {"runtime": "the runtime", "uint8": False, "write": written, "load": runs(model), **changes}
+    return check.write_checked(model, path, dtype=dtype, **arguments)
+
+
+def test_what_is_equal_is_kept_with_what_lies_beside_it(nano, tmp_path):
+    report = write_checked(nano, tmp_path / "deep" / "graph.file")
+    assert sorted(path.name for path in report.path.parent.iterdir()) == ["graph.file", "weights"]
+    assert (report.size, report.nodes, report.runtime, report.dtype) == (12, 7, "the runtime", "float32")
+    assert (report.error, report.agreement, report.calibration) == (0, 1, None)
+    assert report.milliseconds > 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change"),
+    [
+        ("float32", lambda logits: logits * 1.001),
+        ("float16", lambda logits: logits * 1.05),
+        ("int8", lambda logits: logits * 1.5),
+        ("float32", lambda logits: logits / 0),
+    ],
+)
+def test_what_differs_is_not(nano, tmp_path, dtype, change):
+    path = tmp_path / "graph.file"
+    path.write_text("the old file")
+    with pytest.raises(check.DifferenceError, match=r"graph\.file was not kept: the runtime"):
+        write_checked(nano, path, dtype, load=runs(nano, change))
+    assert [file.name for file in tmp_path.iterdir()] == ["graph.file"]
+    assert path.read_text() == "the old file"
+
+
+def test_other_classes_are_a_difference_within_int8s_error(nano, tmp_path, monkeypatch):
+    monkeypatch.setitem(check.TOLERANCES, "int8", 10.0)
+    with pytest.raises(check.DifferenceError, match="gives only 0% of the sample photographs PyTorch's class"):
+        write_checked(nano, tmp_path / "graph.file", "int8", load=runs(nano, lambda logits: -logits))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_a_file_of_one_batch_size_is_fed_nothing_else(nano, tmp_path, batch_size):
+    shapes = set()
+
+    def load(draft):
+        def run(batch):
+            shapes.add(tuple(batch.shape))
+            return runs(nano)(draft)(batch)
+
+        return run
+
+    assert write_checked(nano, tmp_path / "graph.file", load=load, batch_size=batch_size).agreement == 1
+    assert shapes == {(batch_size, 3, 32, 32)}
+
+
+def test_batches_are_filled_with_the_first():
+    found = pictures.in_batches(torch.arange(5), 3)
+    assert torch.stack(found).tolist() == [[0, 1, 2], [3, 4, 0]]
+    assert torch.stack(pictures.in_batches(torch.arange(2), 5)).tolist() == [[0, 1, 0, 1, 0]]
+    assert torch.stack(pictures.in_batches(torch.arange(4), 2)).tolist() == [[0, 1], [2, 3]]
+
+
+def test_calibration_takes_the_photographs_a_folder_or_pictures(nano, tmp_path):
+    photographs = len(sample_pictures())
+    views = torch.cat(pictures.calibration_batches(nano, None, uint8=False))
+    assert views.shape == (10 * photographs, 3, 32, 32)
+    assert len(views.flatten(1).unique(dim=0)) == len(views)
+    torch.testing.assert_close(views[::10], pictures.photographs(nano))
+    whole = pictures.calibration_batches(nano, sample_pictures()[0].parent, uint8=True, batch_size=4)
+    assert [tuple(batch.shape) for batch in whole] == [(4, 32, 32, 3)] * -(-photographs // 4)
+    assert whole[0].dtype == torch.uint8
+    assert len(pictures.calibration_batches(nano, sample_pictures()[:2] * 200, uint8=False)) == 256
+    assert "sample photographs" in pictures.describe_calibration(None, [views])
+    with pytest.raises(ValueError, match="is a folder without pictures"):
+        pictures.calibration_batches(nano, tmp_path, uint8=False)
+    with pytest.raises(ValueError, match="no pictures"):
+        pictures.calibration_batches(nano, [], uint8=False)
+
+
+def test_bytes_are_what_was_normalised(nano):
+    normalised = pictures.photographs(nano)
+    model = graph.Graph(nano, uint8=True)
+    with torch.inference_mode():
+        found = model(pictures.as_input(nano, normalised, uint8=True))
+        torch.testing.assert_close(found, graph.Graph(nano)(normalised), rtol=1e-4, atol=1e-4)
+
+
+def test_half_precision_spares_the_scan(nano):
+    model = graph.Graph(nano, dtype=torch.float16)
+    types = {name.rpartition(".")[2]: tensor.dtype for name, tensor in model.named_buffers()}
+    assert (types["A"], types["D"], types["dt_bias"]) == (torch.float32,) * 3
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
+    assert next(nano.parameters()).dtype == torch.float32
+
+
+def test_every_format_has_its_functions():
+    for row in formats.FORMATS.values():
+        assert row.export.__module__ == f"mambavision.export.{row.module}"
+        assert callable(row.open_file)
+        assert set(row.dtypes) <= set(formats.DTYPES)
+        assert ("calibration" in row.settings) == ("int8" in row.dtypes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["--format", "torch-export", "--dtype", "int8"],
+            "torch-export files are written in float32 or float16, not in 'int8'; "
+            "int8 comes as onnx or openvino or executorch.",
+        ),
+        (["--calibration", "."], "Pictures for calibration are for int8 alone, and float32 was asked for."),
+        (
+            ["--format", "aoti", "--calibration", "."],
+            "--calibration is for onnx and openvino and executorch, not for aoti.",
+        ),
+        (["--batch-size", "4"], "--batch-size is for executorch, not for onnx."),
+        (["--device", "cuda"], "--device is for aoti alone; onnx files are for no device in particular."),
+        (["--format", "openvino", "--output", "t.bin"], "An openvino file must end in .xml, got t.bin."),
+    ],
+)
+def test_what_a_format_does_not_have_is_one_sentence(arguments, sentence, capsys):
+    assert main(["export", "mamba_vision_nano_32", *arguments]) == 2
+    assert capsys.readouterr().err == f"mambavision: {sentence}\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "install"),
+    [
+        ("openvino", "openvino", "openvino onnx onnxruntime onnxscript"),
+        ("executorch", "executorch", "executorch"),
+    ],
+)
+def test_a_missing_library_is_one_sentence(name, missing, install, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
+    path = tmp_path / f"nano{formats.FORMATS[name].suffix}"
+    assert main(["export", "mamba_vision_nano_32", "--format", name, "--output", str(path)]) == 2
+    called = {"openvino": "OpenVINO", "executorch": "ExecuTorch"}[name]
+    sentence = f"Export to {called} needs {missing}, which is not installed: pip install {install}."
+    assert capsys.readouterr().err == f"mambavision: {sentence}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_compiler_aoti_says_so(nano, monkeypatch, tmp_path):
+    from mambavision.export.aoti import export_aoti
+
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    with pytest.raises(check.ExportError, match=r"needs a C\+\+ compiler"):
+        export_aoti(nano, tmp_path / "nano.pt2")
