@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint bench bench-gpu
 
 demo: $(VENV)/demo-installed
 	$(BIN)/mambavision classify --samples
@@ -18,6 +18,17 @@ lint: $(VENV)/dev-installed
 bench: $(VENV)/dev-installed
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/readme_tables.py
+
+# The same on a machine with a CUDA GPU, behind the tests that need one; DATA=PATH is where get_cifar10.py wrote.
+DATA ?= data/cifar10
+bench-gpu: $(VENV)/dev-installed
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/scan.py
+	$(BIN)/python benchmarks/gpu_inference.py
+	$(BIN)/python benchmarks/gpu_training.py
+	$(BIN)/python benchmarks/gpu_accuracy.py $(DATA)/val.npz
+	$(BIN)/python benchmarks/front.py
 	$(BIN)/python benchmarks/readme_tables.py
 
 $(VENV)/demo-installed: pyproject.toml
