@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
-from mambavision.layers.mixer import MambaVisionMixer, conv_over_tokens
+from mambavision.layers.mixer import MambaVisionMixer, TokenConv
 from mambavision.layers.stem import Stem
 from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import MambaVisionBackbone
@@ -92,10 +92,7 @@ class FusedMixer(nn.Module):
         self.in_proj = mixer.in_proj
         self.out_proj = mixer.out_proj
         convolutions = torch.cat([mixer.conv1d_x.weight, mixer.conv1d_z.weight])  # (dim, 1, kernel)
-        kernel = convolutions.shape[-1]
-        self.conv1d = nn.Conv1d(
-            2 * half, 2 * half, kernel, padding=kernel // 2, groups=2 * half, bias=False, device="meta"
-        )
+        self.conv1d = TokenConv(2 * half, convolutions.shape[-1], device="meta")
         self.conv1d.weight = _constant(convolutions, convolutions.dtype)
         # The steps' low-rank projection multiplied out: steps, B and C come from one product.
         low, states = mixer.x_proj.weight.double().split([rank, 2 * self.d_state])
@@ -117,7 +114,7 @@ class FusedMixer(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
-        u = F.silu(conv_over_tokens(self.in_proj(x), self.conv1d.weight))
+        u = F.silu(self.conv1d(self.in_proj(x)))
         x, z = u.chunk(2, dim=-1)  # (windows, length, half) each
         dt, B, C = self.x_proj(x).split([self.channels, self.d_state, self.d_state], dim=-1)
         y = selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias, backend=self.scan_backend)

@@ -16,6 +16,28 @@ from mambavision.ops import selective_scan
 _STEP_RANGE = (1e-3, 1e-1)
 
 
+class TokenConv(nn.Conv1d):
+    """Each channel's convolution over the tokens of its window, zeros beyond both ends; `nn.Conv1d`'s parameters.
+
+    Written as a product a tap: libraries transpose for this convolution and have no fast backward for it, and a
+    compiler makes one pass of the products and what follows.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, **factory: Any) -> None:
+        super().__init__(
+            channels, channels, kernel_size, padding=kernel_size // 2, groups=channels, bias=False, **factory
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
+        taps = self.weight.to(x.dtype).squeeze(1).unbind(1)
+        length, reach = x.shape[1], len(taps) // 2
+        padded = F.pad(x, (0, 0, reach, reach))
+        y = padded[:, :length] * taps[0]
+        for place, tap in enumerate(taps[1:], start=1):
+            y = y + padded[:, place : place + length] * tap
+        return y
+
+
 class MambaVisionMixer(nn.Module):
     """out_proj(concat(scan(SiLU(conv(x))), SiLU(conv(z)))) with x, z the halves of in_proj's output.
 
@@ -32,8 +54,8 @@ class MambaVisionMixer(nn.Module):
         self.dt_bias_init = dt_bias_init
         self.scan_backend = "auto"
         self.in_proj = nn.Linear(dim, dim, bias=False, **factory)
-        self.conv1d_x = nn.Conv1d(half, half, d_conv, padding=d_conv // 2, groups=half, bias=False, **factory)
-        self.conv1d_z = nn.Conv1d(half, half, d_conv, padding=d_conv // 2, groups=half, bias=False, **factory)
+        self.conv1d_x = TokenConv(half, d_conv, **factory)
+        self.conv1d_z = TokenConv(half, d_conv, **factory)
         self.x_proj = nn.Linear(half, self.dt_rank + 2 * d_state, bias=False, **factory)
         self.dt_proj = nn.Linear(self.dt_rank, half, **factory)
         self.A_log = nn.Parameter(torch.empty(half, d_state, **factory))
@@ -55,33 +77,11 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (windows, length, half) each
-        x = F.silu(conv_over_tokens(x, self.conv1d_x.weight))
-        z = F.silu(conv_over_tokens(z, self.conv1d_z.weight))
+        x = F.silu(self.conv1d_x(x))
+        z = F.silu(self.conv1d_z(z))
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)  # (windows, length, half)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
         # The published network adds the step bias in the projection and once more in the scan; its weights need both.
         y = selective_scan(x, dt, A, B, C, self.D, 2 * self.dt_proj.bias, backend=self.scan_backend)
         return self.out_proj(torch.cat([y, z], dim=-1))
-
-
-def conv_over_tokens(x: Tensor, weight: Tensor) -> Tensor:
-    """Each channel's convolution over the tokens, zeros beyond both ends.
-
-    Written as a product a tap: libraries transpose for this convolution and have no fast backward for it, and a
-    compiler makes one pass of the products and what follows.
-
-    Args:
-        x: (windows, length, channels).
-        weight: as `nn.Conv1d` has it, (channels, 1, kernel), kernel odd.
-
-    Returns:
-        (windows, length, channels) in the type of x.
-    """
-    taps = weight.to(x.dtype).squeeze(1).unbind(1)
-    length, reach = x.shape[1], len(taps) // 2
-    padded = F.pad(x, (0, 0, reach, reach))
-    y = padded[:, :length] * taps[0]
-    for place, tap in enumerate(taps[1:], start=1):
-        y = y + padded[:, place : place + length] * tap
-    return y
