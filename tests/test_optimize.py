@@ -68,6 +68,23 @@ def test_on_a_cpu_it_takes_any_type_too(dtype):
         assert difference(network.forward_features(images), model.forward_features(images)) < 3e-2
 
 
+def test_on_a_cpu_a_gradient_is_not_lost_in_silence():
+    network = optimize(trained().eval())
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        network(images)
+    with torch.no_grad():
+        assert network(images).shape == (1, network.num_classes)
+
+
+def test_gradients_reach_the_pictures():
+    model = trained().eval()
+    images = torch.randn(1, 3, 64, 64, requires_grad=True)
+    expected = torch.autograd.grad(model(images).sum(), images)[0]
+    found = torch.autograd.grad(with_kernels(model)(images).sum(), images)[0]
+    assert difference(found, expected) < 1e-4
+
+
 def test_the_head_can_be_replaced():
     network = with_kernels(trained().eval())
     network.reset_classifier(3)

@@ -36,7 +36,7 @@ def optimize(
     Args:
         model: a classifier or a backbone with its weights, on the device where the copy shall run.
         mode: `instant` runs at once. `full` spends some seconds on the first call of a shape, on a GPU to try several
-            tiles for each kernel, on a CPU to compile.
+            tiles for each kernel, on a CPU without packed kernels to compile.
         dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
 
     Raises:
@@ -48,7 +48,7 @@ def optimize(
     device = next(fused.parameters()).device
     if device.type == "cpu":
         dtype = dtype or torch.float32
-        return _of_kind(optimize_for_cpu(fused, dtype=dtype, mode=mode), _AnyTypeClassifier, _AnyTypeBackbone, dtype)
+        return _of_kind(optimize_for_cpu(fused, dtype=dtype, mode=mode), _CpuClassifier, _CpuBackbone, dtype)
     if dtype is None:
         dtype = torch.float32
         if device.type == "cuda":
@@ -150,11 +150,23 @@ class _Optimized(_AnyType):
             torch.backends.cudnn.benchmark = benchmark
 
 
-class _AnyTypeBackbone(_AnyType):
+class _OnCpu(_AnyType):
+    """What the optimised classifier and backbone share on a CPU, whose kernels have no backward."""
+
+    def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
+        """As the network's own; RuntimeError where a gradient would be lost."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "A network optimised for a CPU has no gradients; run it under torch.no_grad(), or use the model itself."
+            )
+        return super().forward_stages(x, last=last)
+
+
+class _CpuBackbone(_OnCpu):
     """A backbone on a CPU."""
 
 
-class _AnyTypeClassifier(_AnyType, FusedMambaVision):
+class _CpuClassifier(_OnCpu, FusedMambaVision):
     """A classifier on a CPU."""
 
 
