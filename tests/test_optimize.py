@@ -105,6 +105,25 @@ def test_unknown_modes_are_refused():
         optimize(create_model(TINY), mode="fast")
 
 
+def test_what_cannot_be_optimised_is_said():
+    with pytest.raises(TypeError, match="got Linear"):
+        optimize(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="optimised already"):
+        optimize(optimize(create_model(TINY)))
+    with pytest.raises(ValueError, match="meta device"):
+        optimize(create_model(TINY, device="meta"))
+
+
+def test_a_model_of_timms_registry_is_one_of_ours():
+    timm = pytest.importorskip("timm")
+    import mambavision.integrations.timm  # noqa: F401  (registers)
+
+    model = timm.create_model("mamba_vision_t").eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert difference(optimize(model)(images), model(images)) < 1e-4
+
+
 # --- what only a GPU shows --------------------------------------------------------------------------------------------
 
 ERRORS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}

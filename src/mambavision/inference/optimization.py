@@ -40,8 +40,13 @@ def optimize(
         dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
 
     Raises:
-        ValueError: an unknown mode, or a model on the meta device.
+        TypeError: the model is no network of this package.
+        ValueError: an unknown mode, or a model on the meta device or optimised already.
     """
+    if not isinstance(model, MambaVisionBackbone):
+        raise TypeError(f"optimize takes a MambaVision network, got {type(model).__name__}.")
+    if isinstance(model, _AnyType):
+        raise ValueError("The model is optimised already; pass the one that it was made of.")
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
     fused = fuse(model)
@@ -74,8 +79,11 @@ def finished(fused: MambaVisionBackbone, *, dtype: torch.dtype, tune: bool) -> M
 
 def _of_kind(network: Any, classifier: type, backbone: type, dtype: torch.dtype) -> Any:
     """`network` itself as one of these classes, which change no parameter."""
-    network.__class__ = classifier if isinstance(network, MambaVision) else backbone
     network.compute_dtype = dtype
+    classifies = isinstance(network, MambaVision)
+    network.__class__ = classifier if classifies else backbone
+    if classifies:
+        network.fold_head()  # `fuse` does so for our own class alone
     return network
 
 

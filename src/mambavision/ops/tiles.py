@@ -46,6 +46,11 @@ def small_tiles(rows: int, columns: int) -> list[Tile]:
     return [first, *(tile for tile in SMALL if tile != first)]
 
 
+def common_unit(*lengths: int) -> int:
+    """The largest of 8, 4, 2, 1 that divides all: strides in units of it tell the compiler what it may load at once."""
+    return next(unit for unit in (8, 4, 2, 1) if all(length % unit == 0 for length in lengths))
+
+
 def is_large(rows: int, columns: int) -> bool:
     """Whether tiles of 128 x 128 suffice to keep a large GPU busy."""
     return -(-rows // 128) * -(-columns // 128) >= 132

@@ -10,7 +10,7 @@ from torch.library import triton_op
 
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
 from mambavision.ops.launch import launcher
-from mambavision.ops.tiles import Tile, choose, is_large, small_tiles
+from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles
 
 LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
 FINISH_PIXELS, FINISH_COLUMNS = 32, 128
@@ -63,7 +63,7 @@ def launch(
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     strides = (x.stride(0), x.stride(2), x.stride(3), columns)
-    unit = next(unit for unit in (8, 4, 2, 1) if all(step % unit == 0 for step in strides))
+    unit = common_unit(*strides)
 
     def run(tile: Tile) -> Tensor:
         if tile == LIBRARY:
@@ -90,7 +90,7 @@ def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, activat
     out = out.contiguous(memory_format=torch.channels_last)
     columns = out.shape[1]
     pixels = out.numel() // columns
-    unit = next(unit for unit in (8, 4, 2, 1) if columns % unit == 0)
+    unit = common_unit(columns)
     launcher(finish_kernel)[(triton.cdiv(columns, FINISH_COLUMNS), triton.cdiv(pixels, FINISH_PIXELS))](
         out, bias, out if residual is None else residual, pixels, columns // unit,
         UNIT=unit, BLOCK_M=FINISH_PIXELS, BLOCK_N=FINISH_COLUMNS, HAS_BIAS=bias is not None,

@@ -9,7 +9,7 @@ from torch.library import triton_op
 
 from mambavision.ops.launch import launcher
 from mambavision.ops.linear.kernels import linear_kernel
-from mambavision.ops.tiles import Tile, choose, is_large, small_tiles
+from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles
 
 GROUP = 8
 
@@ -55,7 +55,7 @@ def launch(
     rows = x2.shape[0]
     residual2 = out2 if residual is None else _rows(residual)
     weight = weight.contiguous()
-    unit = _unit(inner, x2.stride(0), residual2.stride(0), columns)
+    unit = common_unit(inner, x2.stride(0), residual2.stride(0), columns)
 
     def run(tile: Tile) -> None:
         grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
@@ -74,8 +74,3 @@ def launch(
 def _rows(tensor: Tensor) -> Tensor:
     """(..., n) as (rows, n) with neighbours side by side; a view where the strides allow it."""
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[-1])
-
-
-def _unit(*lengths: int) -> int:
-    """The largest of 8, 4, 2, 1 that divides all of them."""
-    return next(unit for unit in (8, 4, 2, 1) if all(length % unit == 0 for length in lengths))

@@ -10,7 +10,7 @@ from torch.library import triton_op
 from mambavision.ops.conv3x3.triton_op import launch
 from mambavision.ops.launch import launcher
 from mambavision.ops.stem.kernels import first_conv_kernel, stem_kernel
-from mambavision.ops.tiles import Tile, choose
+from mambavision.ops.tiles import Tile, choose, common_unit
 
 TWO_STEPS_FROM = 16384  # pixels of the result; from there the map between the convolutions is better stored
 FIRST_PIXELS = 128  # a program, of the first convolution alone
@@ -41,7 +41,7 @@ def stem(
     weight2 = weight2.contiguous(memory_format=torch.channels_last)
     shape = (batch, columns, out_height, out_width)
     out = torch.empty(shape, dtype=weight1.dtype, device=x.device, memory_format=torch.channels_last)
-    unit = next(unit for unit in (8, 4, 2, 1) if columns % unit == 0)
+    unit = common_unit(columns)
 
     def run(tile: Tile) -> None:
         grid = (triton.cdiv(columns, tile.columns), triton.cdiv(pixels, tile.rows))

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from mambavision.ops.launch import launcher
+from mambavision.ops.tiles import common_unit
 from mambavision.ops.token_conv.kernels import token_conv_kernel
 
 BLOCK_M, BLOCK_N = 32, 64
@@ -21,7 +22,7 @@ def token_conv(x: Tensor, weight: Tensor) -> Tensor:
     rows = windows * length
     if rows:
         x = (x if x.stride(2) == 1 else x.contiguous()).reshape(rows, channels)
-        unit = next(unit for unit in (8, 4, 2, 1) if channels % unit == 0 and x.stride(0) % unit == 0)
+        unit = common_unit(channels, x.stride(0))
         launcher(token_conv_kernel)[(triton.cdiv(channels, BLOCK_N), triton.cdiv(rows, BLOCK_M))](
             x, weight.contiguous(), out, rows, length, channels, x.stride(0) // unit, channels // unit,
             UNIT=unit, KERNEL=weight.shape[-1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
