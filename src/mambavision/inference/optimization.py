@@ -82,8 +82,8 @@ def _of_kind(network: Any, classifier: type, backbone: type, dtype: torch.dtype)
     network.compute_dtype = dtype
     classifies = isinstance(network, MambaVision)
     network.__class__ = classifier if classifies else backbone
-    if classifies:
-        network.fold_head()  # `fuse` does so for our own class alone
+    if classifies and not hasattr(network, "_head_of_maps"):  # `fuse` folds it for our own class alone
+        network.fold_head()
     return network
 
 
