@@ -113,8 +113,9 @@ class PackedConv(_Packed):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (batch, channels, H, W) likewise out
         x = x.contiguous(memory_format=torch.channels_last)
         place = (self.weight, self.bias, *self.place)
-        if residual is None:
-            return torch.ops.mkldnn._convolution_pointwise(x, *place, self.activation, [], self.algorithm)
+        if residual is None or x.shape[2:] == (1, 1):  # PyTorch 2.6 fails to sum maps of a single pixel
+            y = torch.ops.mkldnn._convolution_pointwise(x, *place, self.activation, [], self.algorithm)
+            return y if residual is None else y + residual
         return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *place, "add", 1.0, None, [], None)
 
 
