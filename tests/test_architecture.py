@@ -55,6 +55,7 @@ CORE = {
     "rich": {"cli", "engine"},
 }
 WITH_TORCH = {"triton": {"ops"}}  # PyTorch brings it where it runs
+IF_THERE = {"mamba_ssm": {"ops.selective_scan.mamba_ssm"}}  # to compare with, by those who have it
 EXTRA = {
     "timm": {"data", "engine", "integrations.timm", "measure.subjects"},
     "torchmetrics": {"engine.evaluate"},
@@ -70,7 +71,7 @@ EXTRA = {
     "pyarrow": {"inference.features"},
     "transformers": {"integrations.huggingface"},
 }
-PLACES = CORE | WITH_TORCH | EXTRA
+PLACES = CORE | WITH_TORCH | IF_THERE | EXTRA
 # Declared because a package of these tables works better with it, imported nowhere.
 UNIMPORTED = {"accelerate"}
 # Installed with another one of them.

@@ -1,5 +1,8 @@
 """Every backend of the scan against golden vectors, float64, finite differences and each other."""
 
+import sys
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,10 @@ from conftest import GOLDEN
 from mambavision.ops import selective_scan
 from mambavision.ops.backend import Situation, select
 from mambavision.ops.selective_scan import BACKENDS, choose_backend
+from mambavision.ops.selective_scan.mamba_ssm import selective_scan_mamba_ssm
 
-NAMES = [backend.name for backend in BACKENDS if backend.name not in ("meta", "triton")]  # test_scan_kernels has that
+# test_scan_kernels.py has triton, and mamba_ssm is not among what is installed.
+NAMES = [backend.name for backend in BACKENDS if backend.name not in ("meta", "triton", "mamba_ssm")]
 VECTORS = np.load(GOLDEN / "selective_scan.npz")
 CASES = sorted({key.split("/")[0] for key in VECTORS})
 INPUTS = ("x", "dt", "A", "B", "C", "D", "dt_bias")
@@ -224,7 +229,7 @@ def test_wrong_input_is_named():
         selective_scan(**{**inputs, "x": inputs["x"].long()})
     with pytest.raises(ValueError, match="at least one token"):
         selective_scan(**{**inputs, "x": inputs["x"][:, :0]})
-    with pytest.raises(ValueError, match="meta, triton, chunked, reference"):
+    with pytest.raises(ValueError, match="meta, triton, chunked, mamba_ssm, reference"):
         selective_scan(**inputs, backend="cuda")
 
 
@@ -257,3 +262,34 @@ def test_selection_passes_over_what_cannot_run_and_says_why():
         select("scan", backends, Situation("cpu", torch.float32, 49, 8), "fast")
     with pytest.raises(RuntimeError, match="No backend of scan"):
         select("scan", (fast,), Situation("cpu", torch.float32, 49, 8))
+
+
+# --- mamba_ssm --------------------------------------------------------------------------------------------------------
+
+
+def test_mamba_ssm_is_asked_in_its_own_layout(monkeypatch):
+    """With a stand-in for the package, which takes channels before tokens and steps in float32."""
+
+    def selective_scan_fn(u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False):
+        assert z is None
+        assert delta_softplus
+        assert all(tensor.is_contiguous() for tensor in (u, delta, B, C))
+        assert A.dtype == D.dtype == delta_bias.dtype == torch.float32
+        x, dt, B, C = (tensor.transpose(1, 2) for tensor in (u, delta, B, C))
+        return selective_scan(x, dt, A, B, C, D, delta_bias).transpose(1, 2)
+
+    interface = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
+    interface.selective_scan_fn = selective_scan_fn
+    for name in ("mamba_ssm", "mamba_ssm.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, interface.__name__, interface)
+    inputs = random_inputs(2, 9, 6, 4)
+    torch.testing.assert_close(selective_scan_mamba_ssm(*inputs.values()), selective_scan(**inputs))
+
+
+def test_mamba_ssm_is_refused_where_it_cannot_run():
+    with pytest.raises(RuntimeError, match="mamba_ssm is for CUDA"):
+        selective_scan(**random_inputs(1, 2, 2, 2), backend="mamba_ssm")
+    refusal = {backend.name: backend.refusal for backend in BACKENDS}["mamba_ssm"]
+    assert "not installed" in refusal(Situation("cuda", torch.float32, 4, 8))
+    assert "too wide" in refusal(Situation("cuda", torch.float64, 4, 8))

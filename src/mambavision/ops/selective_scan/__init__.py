@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -34,11 +36,30 @@ def _refuse_triton(situation: Situation) -> str | None:
     return triton_fault()
 
 
+def _mamba_ssm(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, dt_bias: Tensor | None
+) -> Tensor:
+    from mambavision.ops.selective_scan.mamba_ssm import selective_scan_mamba_ssm
+
+    return selective_scan_mamba_ssm(x, dt, A, B, C, D, dt_bias)
+
+
+def _refuse_mamba_ssm(situation: Situation) -> str | None:
+    if situation.device_type != "cuda":
+        return f"mamba_ssm is for CUDA, not for {situation.device_type}"
+    if situation.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{situation.dtype} is too wide for mamba_ssm"
+    return None if importlib.util.find_spec("mamba_ssm") else "mamba_ssm is not installed"
+
+
 # Best first.
 BACKENDS = (
     Backend("meta", _shape_only, "meta tensors have no values to compute", _refuse_values),
     Backend("triton", _triton, "GPU kernels", _refuse_triton),
     Backend("chunked", selective_scan_chunked, "plain PyTorch, runs and exports everywhere", lambda _: None),
+    Backend(
+        "mamba_ssm", _mamba_ssm, "the CUDA kernels of mamba_ssm, to compare with", _refuse_mamba_ssm, automatic=False
+    ),
     Backend("reference", selective_scan_reference, "the definition, step by step", lambda _: None, automatic=False),
 )
 
