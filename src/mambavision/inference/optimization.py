@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -12,14 +13,16 @@ from torch import Tensor
 from mambavision.config import NUM_LEVELS
 from mambavision.inference.cpu import optimize_for_cpu
 from mambavision.inference.fuse import FusedMambaVision, fuse
-from mambavision.inference.gpu import KernelTokens, use_kernels
+from mambavision.inference.gpu import KernelStem, KernelTokens, use_kernels
 from mambavision.inference.graphs import GraphRunner
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
+from mambavision.ops.backend import Situation, refuse_inference_kernels
 from mambavision.ops.tiles import measuring
 
 Mode = Literal["instant", "full"]
 HALVES = (torch.float16, torch.bfloat16)
+_logger = logging.getLogger("mambavision")
 
 
 def optimize(
@@ -29,9 +32,9 @@ def optimize(
 
     The copy has the interface of `model`: it takes pictures of any floating type and gives results in that type. Norms,
     layer scale and the final norm are folded into their neighbours and projections are merged (`fuse`). On a CUDA
-    device the rest runs in half precision through fused kernels, recorded in a CUDA graph for each of the last shapes
-    (`graphs.MAX_GRAPHS`; the first call of a shape records). On a CPU see `inference.cpu`; elsewhere it is folded and
-    cast. `model` itself is left as it is.
+    device the rest runs in half precision through fused kernels (a warning says why where it cannot), recorded in a
+    CUDA graph for each of the last shapes (`graphs.MAX_GRAPHS`; the first call of a shape records). On a CPU see
+    `inference.cpu`; elsewhere it is folded and cast. `model` itself is left as it is.
 
     Args:
         model: a classifier or a backbone with its weights, on the device where the copy shall run.
@@ -58,8 +61,11 @@ def optimize(
         dtype = torch.float32
         if device.type == "cuda":
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if dtype in HALVES:
+    fault = refuse_inference_kernels(Situation(device.type, dtype))
+    if fault is None:
         use_kernels(fused)
+    elif device.type == "cuda" and dtype in HALVES:
+        _logger.warning("optimize goes without its fused kernels: %s.", fault)
     return finished(fused, dtype=dtype, tune=mode == "full")
 
 
@@ -72,7 +78,7 @@ def finished(fused: MambaVisionBackbone, *, dtype: torch.dtype, tune: bool) -> M
     optimized = _of_kind(fused, _OptimizedClassifier, _OptimizedBackbone, dtype)
     optimized.tune_kernels = tune
     # The stem's kernel reads pictures as they come; PyTorch's own convolutions want channels-last.
-    layout = torch.contiguous_format if dtype in HALVES else torch.channels_last
+    layout = torch.contiguous_format if isinstance(fused.patch_embed, KernelStem) else torch.channels_last
     optimized.graphs = GraphRunner(dtype=dtype, memory_format=layout)
     return optimized
 
