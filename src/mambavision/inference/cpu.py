@@ -35,8 +35,8 @@ def optimize_for_cpu(
     Args:
         model: what `fuse` returned, on the CPU.
         dtype: float32, bfloat16 or float16; pictures must come in it too. Half precision needs a CPU that has it.
-        mode: both pack weights where oneDNN can; that is faster than compiling and takes less than a second. Elsewhere
-            `full` is torch.compile with frozen weights, at the first call of each shape, without gradients.
+        mode: both pack weights where oneDNN can, which is faster than compiling (`benchmarks/cpu_formats.py`).
+            Elsewhere `full` is torch.compile with frozen weights, at the first call of each shape.
 
     Returns:
         A module of the interface of `model`, for inference alone. It has no state dict worth saving and no gradients.

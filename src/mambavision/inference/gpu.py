@@ -62,7 +62,7 @@ class _CastWithExact(nn.Module):
 
 
 class KernelStem(nn.Module):
-    """`Stem` in one kernel, for pictures of any floating type, with `width` output channels."""
+    """`Stem` in one kernel or two, for pictures of any floating type, with `width` output channels."""
 
     def __init__(self, folded: Stem, width: int) -> None:
         super().__init__()

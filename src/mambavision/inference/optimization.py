@@ -38,8 +38,8 @@ def optimize(
 
     Args:
         model: a classifier or a backbone with its weights, on the device where the copy shall run.
-        mode: `instant` runs at once. `full` spends some seconds on the first call of a shape, on a GPU to try several
-            tiles for each kernel, on a CPU without packed kernels to compile.
+        mode: `instant` runs at once. `full` takes longer for the first call of a shape, on a GPU to try several tiles
+            for each kernel, on a CPU without packed kernels to compile.
         dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
 
     Raises:
