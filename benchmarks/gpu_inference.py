@@ -3,7 +3,8 @@
     python benchmarks/gpu_inference.py
 
 bfloat16, random weights and pictures that lie on the GPU, by the protocol of `mambavision benchmark`. Peers run eagerly
-and by torch.compile with CUDA graphs, both channels-last; the faster way counts. Rows are written as they come.
+and by torch.compile with CUDA graphs, both channels-last; the faster way counts. Large pictures have rows of their own,
+to be compared by pixels. Rows are written as they come.
 `benchmarks/front.py` draws them over accuracy.
 """
 
@@ -39,6 +40,8 @@ PEERS = {
     "convnext_base": 83.8,
 }
 LATENCY_OF = ("convnext_tiny",)  # peers that are timed with one picture too
+SIDE = 224
+LARGE = (("mamba_vision_L2_512_21k", (512, 512), 32), ("mamba_vision_T", (1024, 2048), 1))
 DTYPE = "bfloat16"
 
 
@@ -49,18 +52,22 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=PEERS, help="default: all")
     parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
     parser.add_argument("--ours", nargs="*", default=list(OURS), choices=OURS, help="default: all")
+    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True, help="large pictures as well")
     arguments = parser.parse_args()
     device = torch.device("cuda")
     published = {spec.variant: spec.top1 for spec in WEIGHTS.values()}
-    jobs = [(f"mamba_vision_{name}", "optimized", (1, 128)) for name in arguments.ours]
+    square = (SIDE, SIDE)
+    jobs = [(f"mamba_vision_{name}", "optimized", square, (1, 128)) for name in arguments.ours]
+    if arguments.large:
+        jobs += [(name, "optimized", size, (batch,)) for name, size, batch in LARGE]
     for name in arguments.peers:
-        jobs += [(name, way, (1, 128) if name in LATENCY_OF else (128,)) for way in ("compile", "eager")]
+        jobs += [(name, way, square, (1, 128) if name in LATENCY_OF else (128,)) for way in ("compile", "eager")]
     if REFERENCE in arguments.peers:  # first, so that all else has its ratio from the start
         jobs.sort(key=lambda job: job[0] != REFERENCE)
     rows: list[dict[str, Any]] = []
-    for name, way, batch_sizes in jobs:
+    for name, way, size, batch_sizes in jobs:
         start = time.perf_counter()
-        subject = prepare(name, way=way, dtype=DTYPE, device=device)
+        subject = prepare(name, way=way, dtype=DTYPE, device=device, img_size=None if size == square else size)
         for batch_size in batch_sizes:
             if arguments.compile_only:
                 with torch.inference_mode():
@@ -71,12 +78,14 @@ def main() -> None:
                 {
                     "model": name,
                     "way": way,
+                    "picture": f"{size[0]} x {size[1]}",
                     "batch": batch_size,
                     "images_per_second": round(found.images_per_second),
+                    "megapixels_per_second": round(found.images_per_second * size[0] * size[1] / 1e6),
                     "milliseconds": round(found.median_ms, 3),
                     "p90": round(found.p90_ms, 3),
                     "peak_mib": round(found.peak_mib or 0),
-                    "top1": published.get(name, PEERS.get(name)),
+                    "top1": published.get(name, PEERS.get(name)) if size == square else None,
                 }
             )
         del subject
@@ -95,12 +104,13 @@ def main() -> None:
 def _write(rows: list[dict[str, Any]], device: torch.device, seconds: float) -> None:
     """All rows so far, with each one's ratio to the reference's best at the same batch size."""
     for row in rows:
-        same = [other for other in rows if other["model"] == REFERENCE and other["batch"] == row["batch"]]
+        keys = ("batch", "picture")
+        same = [other for other in rows if other["model"] == REFERENCE and all(other[key] == row[key] for key in keys)]
         if same:
             best = max(other["images_per_second"] for other in same)
             row["relative"] = round(row["images_per_second"] / best, 2)
     protocol = describe_protocol(device, seconds)
-    note = f"224 px, {DTYPE}; {protocol['protocol']}. Clocks: {protocol['clocks']}."
+    note = f"{DTYPE}; {protocol['protocol']}. Clocks: {protocol['clocks']}."
     write_results("gpu_inference", rows, note=note)
 
 

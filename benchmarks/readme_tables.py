@@ -84,8 +84,10 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "gpu_inference": (
         Column("model", "model"),
         Column("way", "way"),
+        Column("picture", "picture / px"),
         Column("batch", "batch"),
         Column("images_per_second", "images/s", ","),
+        Column("megapixels_per_second", "megapixels/s", ","),
         Column("milliseconds", "median / ms", ".2f"),
         Column("p90", "p90 / ms", ".2f"),
         Column("peak_mib", "peak / MiB", ","),

@@ -1,0 +1,85 @@
+"""How long the first result takes on a GPU: `optimize` in its instant mode, from empty caches of the compiler.
+
+    python benchmarks/first_result.py
+
+Each variant in a process of its own, with a folder of its own for what Triton compiles. Counted is what a user waits
+for after the network is there: the call of `optimize` and the first pictures' logits; the other times are those of new
+batch sizes, for which some kernels are compiled anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mambavision import create_model
+from mambavision.inference import optimize
+from results_file import write_results
+
+DEFAULT = ("mamba_vision_T",)
+
+
+def measure(name: str) -> dict[str, Any]:
+    """One row, in this process."""
+    model = create_model(name, device="cuda").eval()
+    images = torch.randn(129, 3, *model.config.preprocessing.img_size, device="cuda")
+    with torch.inference_mode():
+        model(images[:1])  # the CUDA context and its libraries are not ours to count
+    row: dict[str, Any] = {"model": name}
+    start = time.perf_counter()
+    network = optimize(model)
+    for batch in (1, 128, 129):
+        with torch.inference_mode():
+            network(images[:batch])
+        torch.cuda.synchronize()
+        row[f"batch_{batch}_s"] = round(time.perf_counter() - start, 2)
+        start = time.perf_counter()
+    return row
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("variants", nargs="*", default=list(DEFAULT), help=f"default: {' '.join(DEFAULT)}")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # in this process, which is a child
+    arguments = parser.parse_args()
+    if arguments.here:
+        print(json.dumps(measure(*arguments.variants)))
+        return
+    rows = []
+    for name in arguments.variants:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, __file__, "--here", name],
+                env={**os.environ, "TRITON_CACHE_DIR": folder},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        if done.returncode:
+            sys.exit(done.stderr)
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    write_results(
+        "first_result",
+        rows,
+        note=f"Instant mode, bfloat16, nothing compiled before, {os.cpu_count()} CPU cores; seconds to the first "
+        "result, then to those of two further batch sizes.",
+    )
+
+
+if __name__ == "__main__":
+    main()
