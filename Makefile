@@ -26,6 +26,7 @@ bench-gpu: $(VENV)/dev-installed
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/scan.py
 	$(BIN)/python benchmarks/gpu_inference.py
+	$(BIN)/python benchmarks/first_result.py
 	$(BIN)/python benchmarks/gpu_training.py
 	$(BIN)/python benchmarks/gpu_accuracy.py $(DATA)/val.npz
 	$(BIN)/python benchmarks/front.py

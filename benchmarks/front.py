@@ -15,6 +15,7 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from mambavision.weights.checkpoint import replaced_when_done
 
@@ -25,6 +26,19 @@ STYLES = {
     "original": {"color": "#b3541e", "marker": "s", "linestyle": "--", "zorder": 2},
     "peer": {"color": "#6b7280", "marker": "^", "linestyle": "none", "zorder": 1},
 }
+
+MARKER_SIZE = 8  # pixels at the resolution in which names are placed
+# Where a name may stand beside its point, in points, and which of its sides is there; the first free one is taken.
+PLACES = (
+    ((6, 4), "left"),
+    ((6, -10), "left"),
+    ((-6, 4), "right"),
+    ((-6, -10), "right"),
+    ((0, 8), "center"),
+    ((0, -15), "center"),
+    ((8, -3), "left"),
+    ((-8, -3), "right"),
+)
 
 
 def points() -> tuple[dict[str, list[tuple[float, float, str]]], dict[str, str]]:
@@ -69,9 +83,13 @@ def _name_points(figure: Figure, axes: Any, kinds: dict[str, list[tuple[float, f
     """Write each name beside its point, where the names before leave room."""
     figure.draw_without_rendering()
     taken: list[Any] = []
+    for rows in kinds.values():  # markers first: a name over another point would seem to be that point's
+        for x, y, _ in rows:
+            left, bottom = axes.transData.transform((x, y)) - MARKER_SIZE / 2
+            taken.append(Bbox.from_bounds(left, bottom, MARKER_SIZE, MARKER_SIZE))
     for kind, rows in kinds.items():
         for x, y, name in rows:
-            for place, side in (((6, 4), "left"), ((6, -10), "left"), ((-6, 4), "right"), ((-6, -10), "right")):
+            for place, side in PLACES:
                 text = axes.annotate(
                     name,
                     (x, y),

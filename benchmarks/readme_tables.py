@@ -4,7 +4,8 @@
     python benchmarks/readme_tables.py --check   # exit code 1 when a document is out of date
 
 A table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->` and comes from `results/NAME.json`, which
-`results_file.write_results` writes. The table `models` comes from the package's own table of weights.
+`results_file.write_results` writes, or from a part of another such file (`PARTS`). The table `models` comes from the
+package's own table of weights.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Column:
     form: str = ""
 
 
-# Which columns are shown; a name here is a block of a document and, but for `models`, a file of `results/`.
+# Which columns are shown; a name here is a block of a document and, but for `models` and `PARTS`, a file of `results/`.
 TABLES: dict[str, tuple[Column, ...]] = {
     "models": (
         Column("model", "model"),
@@ -93,6 +94,13 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("peak_mib", "peak / MiB", ","),
         Column("relative", "relative to convnext_tiny's best", ".2f"),
     ),
+    "gpu_front": (
+        Column("model", "model"),
+        Column("top1", "published top-1 %", ".1f"),
+        Column("way", "fastest way"),
+        Column("images_per_second", "images/s", ","),
+        Column("relative", "relative to convnext_tiny", ".2f"),
+    ),
     "others_h200": (
         Column("model", "model"),
         Column("kind", "what"),
@@ -106,6 +114,12 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("dtype", "type"),
         Column("top1", "top-1 %", ".2f"),
         Column("logit_error", "relative error of the logits", ".1e"),
+    ),
+    "first_result": (
+        Column("model", "model"),
+        Column("batch_1_s", "first result, batch 1 / s", ".1f"),
+        Column("batch_128_s", "then batch 128 / s", ".1f"),
+        Column("batch_129_s", "then batch 129 / s", ".1f"),
     ),
     "gpu_training": (
         Column("model", "model"),
@@ -146,6 +160,22 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("largest_difference", "largest", "+.2f"),
     ),
 }
+
+
+def _front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model at batch 128 and 224 px, in its fastest way; the fastest first."""
+    best: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if row["batch"] == 128 and row["picture"] == "224 x 224":
+            known = best.setdefault(row["model"], row)
+            best[row["model"]] = max(known, row, key=lambda candidate: candidate["images_per_second"])
+    return sorted(best.values(), key=lambda row: -row["images_per_second"])
+
+
+# Tables that show a part of another one's file.
+PARTS: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]]] = {
+    "gpu_front": ("gpu_inference", _front)
+}
 SHOWN_VERSIONS = ("python", "torch", "timm")  # the result has the others too
 
 
@@ -163,14 +193,15 @@ def render(name: str, results: Path = RESULTS) -> str:
         raise TableError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
     if name == "models":
         return "\n".join(_table(_weights(), TABLES[name])) + "\n"
-    path = results / f"{name}.json"
+    file, part = PARTS.get(name, (name, list))
+    path = results / f"{file}.json"
     if not path.exists():
         return f"{UNMEASURED}\n"
     result = json.loads(path.read_text(encoding="utf-8"))
     needed = {"rows", "command", "commit", "device", "versions", "date", "note"}
     if absent := sorted(needed - set(result)):
         raise TableError(f"{path} lacks {', '.join(absent)}.")
-    rows, columns = result["rows"], TABLES[name]
+    rows, columns = part(result["rows"]), TABLES[name]
     known = {key for row in rows for key in row}
     if absent := [column.key for column in columns if column.key not in known]:
         raise TableError(f"The rows of {path} lack {', '.join(absent)}; they have {', '.join(sorted(known))}.")
