@@ -69,7 +69,7 @@ def export_executorch(
             program = torch.export.export(graph, (example,), strict=False)
             if batches:
                 program = torch.export.export(_quantize(program, batches), (example,), strict=False)
-            lowered = _lower(program, metadata(model))
+            lowered = _lower(program, metadata(model), quantized=bool(batches))
             with draft.open("wb") as file:
                 lowered.write_to_file(file)
         return len(lowered.executorch_program.execution_plan[0].chains[0].instructions)
@@ -100,13 +100,17 @@ def open_file(path: Path) -> Run:
     return run
 
 
-def _lower(program: torch.export.ExportedProgram, about: dict[str, str]) -> Any:
+def _lower(program: torch.export.ExportedProgram, about: dict[str, str], *, quantized: bool) -> Any:
     """The program for ExecuTorch, with XNNPACK's kernels wherever it has them."""
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS
+    from executorch.backends.xnnpack.partition.config.generic_node_configs import ConstantPadConfig
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
     program = program.run_decompositions({torch.ops.aten.gelu.default: _decompose_gelu})
-    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=about)
+    # XNNPACK's padding takes no quantised tensor, which shows only when the file is loaded.
+    kernels = [config for config in ALL_PARTITIONER_CONFIGS if not (quantized and config is ConstantPadConfig)]
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner(kernels)], constant_methods=about)
     return edge.to_executorch()
 
 
