@@ -29,6 +29,7 @@ bench-gpu: $(VENV)/dev-installed
 	$(BIN)/python benchmarks/first_result.py
 	$(BIN)/python benchmarks/gpu_training.py
 	$(BIN)/python benchmarks/gpu_accuracy.py $(DATA)/val.npz
+	$(BIN)/python benchmarks/precision.py $(DATA)
 	$(BIN)/python benchmarks/front.py
 	$(BIN)/python benchmarks/readme_tables.py
 
