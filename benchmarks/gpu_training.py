@@ -50,7 +50,7 @@ def measure(name: str, compiled: bool, checkpointing: bool, steps: int) -> dict[
     model = model.train().to(memory_format=torch.channels_last)
     model.set_grad_checkpointing(checkpointing)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    # A step has over a thousand launches, which take the host longer than the GPU: graphs replay them as one.
+    # A step has hundreds of launches, which can take the host longer than the GPU: graphs replay them as one.
     run = torch.compile(model, mode="reduce-overhead") if compiled else model
     images = torch.randn(BATCH, 3, 224, 224, device="cuda").to(memory_format=torch.channels_last)
     labels = torch.randint(1000, (BATCH,), device="cuda")

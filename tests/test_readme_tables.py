@@ -112,3 +112,17 @@ def test_results_that_lack_something_are_named(tables, tmp_path):
     (tmp_path / "cifar10.json").write_text(json.dumps({"rows": []}))
     with pytest.raises(tables.TableError, match="cifar10.json lacks command, commit, date"):
         tables.render("cifar10", tmp_path)
+
+
+def test_no_measured_peer_is_as_accurate_as_ours_and_faster(tables):
+    """docs/speed.md says so."""
+    measured = json.loads((tables.RESULTS / "gpu_inference.json").read_text(encoding="utf-8"))
+    _, part = tables.PARTS["gpu_front"]
+    rows = part(measured["rows"])
+    ours = [row for row in rows if row["model"].startswith("mamba_vision_")]
+    peers = [row for row in rows if row not in ours]
+    assert len(ours) == 6
+    assert len(peers) > 5
+    for peer in peers:
+        for row in ours:
+            assert peer["top1"] < row["top1"] or peer["images_per_second"] < row["images_per_second"]
