@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from typing import Any
@@ -22,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from apart import json_of
 from mambavision import create_model
 from mambavision.inference import optimize
 from results_file import write_results
@@ -59,16 +58,7 @@ def main() -> None:
     rows = []
     for name in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:
-            done = subprocess.run(
-                [sys.executable, __file__, "--here", name],
-                env={**os.environ, "TRITON_CACHE_DIR": folder},
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-        if done.returncode:
-            sys.exit(done.stderr)
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
+            rows.append(json_of(__file__, "--here", name, environment={"TRITON_CACHE_DIR": folder}))
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*map(str, row.values()))

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -22,6 +20,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
+from apart import json_of
 from results_file import write_results
 
 BATCH = 128
@@ -90,11 +89,7 @@ def measure(name: str, compiled: bool, checkpointing: bool, steps: int) -> dict[
 
 def measure_apart(number: int, steps: int) -> dict[str, Any]:
     """Row `number` of WAYS, from a process of its own."""
-    command = [sys.executable, __file__, "--only", str(number), "--steps", str(steps)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    row: dict[str, Any] = json_of(__file__, "--only", number, "--steps", steps)
     return row
 
 

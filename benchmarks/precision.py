@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from apart import json_of
 from mambavision.data.config import AugmentConfig, DataConfig
 from mambavision.engine.config import LossConfig, ModelConfig, OptimConfig, RuntimeConfig, TrainConfig
 from mambavision.engine.train import TrainingRun
@@ -67,14 +66,8 @@ def train(data: Path, precision: str, scan: str, seed: int, epochs: int, limit: 
 
 def train_apart(arguments: argparse.Namespace, way: tuple[str, str], seed: int) -> float:
     """`train` in a process of its own."""
-    command = [sys.executable, __file__, str(arguments.data), "--epochs", str(arguments.epochs)]
-    command += ["--only", *way, str(seed)]
-    if arguments.limit:
-        command += ["--limit", str(arguments.limit)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{way} with seed {seed} failed:\n{done.stderr}")
-    top1 = float(json.loads(done.stdout.splitlines()[-1]))
+    limit = ("--limit", arguments.limit) if arguments.limit else ()
+    top1 = float(json_of(__file__, arguments.data, "--epochs", arguments.epochs, "--only", *way, seed, *limit))
     print(*way, f"seed {seed}: {top1:.2f} %", flush=True)
     return top1
 

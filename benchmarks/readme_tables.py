@@ -162,11 +162,11 @@ TABLES: dict[str, tuple[Column, ...]] = {
 }
 
 
-def _front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each model at batch 128 and 224 px, in its fastest way; the fastest first."""
+def best_ways(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model at batch 128 and 224 px, in its fastest way that keeps its published accuracy; the fastest first."""
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["batch"] == 128 and row["picture"] == "224 x 224":
+        if row["batch"] == 128 and row["picture"] == "224 x 224" and row["top1"] is not None:
             known = best.setdefault(row["model"], row)
             best[row["model"]] = max(known, row, key=lambda candidate: candidate["images_per_second"])
     return sorted(best.values(), key=lambda row: -row["images_per_second"])
@@ -174,7 +174,7 @@ def _front(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # Tables that show a part of another one's file.
 PARTS: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]]] = {
-    "gpu_front": ("gpu_inference", _front)
+    "gpu_front": ("gpu_inference", best_ways)
 }
 SHOWN_VERSIONS = ("python", "torch", "timm")  # the result has the others too
 

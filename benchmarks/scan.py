@@ -112,6 +112,7 @@ def main() -> None:
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []
+    refusals: set[str] = set()  # said once, not for each size and type
     for name in arguments.dtype:
         dtype = getattr(torch, name)
         for size in SIZES[: arguments.sizes]:
@@ -119,7 +120,9 @@ def main() -> None:
                 try:
                     choose_backend(torch.empty(1, 1, 1, device=device, dtype=dtype), backend, state=STATE)
                 except RuntimeError as error:
-                    print(error)
+                    if str(error) not in refusals:
+                        print(error)
+                        refusals.add(str(error))
                     continue
                 rows.append(
                     {"batch": size[0], "length": size[1], "channels": size[2], "dtype": name, "backend": backend}
