@@ -156,7 +156,7 @@ from triton.compiler import ASTSource
 from mambavision.ops.selective_scan import kernels
 
 FLOAT32 = {"A", "D", "dt_bias", "starts", "saved", "ends", "sums", "entering"}
-FLOAT32 |= {"grad_A", "grad_BC", "grad_D", "grad_bias"}
+FLOAT32 |= {"grad_BC", "grad_constants"}
 DATA = {"x", "dt", "B", "C", "y", "grad_y", "grad_x", "grad_dt"}
 
 def build(kernel, data, constants):

@@ -274,10 +274,8 @@ def backward_kernel(
     starts,  # (batch, chunks, N, channels): what the next chunk hands back to each chunk's last state
     grad_x,
     grad_dt,
-    grad_A,  # (batch x chunks, N, channels), to be summed
     grad_BC,  # (blocks, batch, length, 2, N), to be summed
-    grad_D,  # (batch x chunks, channels), to be summed
-    grad_bias,  # likewise
+    grad_constants,  # (batch x chunks, N + 2, channels), to be summed: of A, of D and of dt_bias
     ends,  # (batch, chunks, N, channels): what each chunk hands back to the one before
     sums,  # (batch, chunks, channels): sum of its steps
     x_batch,
@@ -449,11 +447,11 @@ def backward_kernel(
         if ENDS:
             tl.store(ends + place, handed[group], mask=inside[None, :])
         else:
-            tl.store(grad_A + place, sum_A[group], mask=inside[None, :])
+            place += slot * (2 * channels)  # two rows more in each
+            tl.store(grad_constants + place, sum_A[group], mask=inside[None, :])
     if ENDS:
         tl.store(sums + slot * channels + channel, total, mask=inside)
     else:
-        if HAS_D:
-            tl.store(grad_D + slot * channels + channel, sum_D, mask=inside)
-        if HAS_BIAS:
-            tl.store(grad_bias + slot * channels + channel, sum_bias, mask=inside)
+        at = grad_constants + (slot * (N + 2) + N) * channels + channel
+        tl.store(at, sum_D, mask=inside)
+        tl.store(at + channels, sum_bias, mask=inside)

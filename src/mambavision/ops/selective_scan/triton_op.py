@@ -107,21 +107,18 @@ def scan_backward(
     C: Tensor,
     D: Tensor | None,
     dt_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, of B and C together, float32 (batch, length, 2, state), of D and of dt_bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x and dt in their types, and in float32 those that several inputs share.
 
-    Each of the others is in the type of its input; those of an absent D or dt_bias are empty.
+    Of B and C: (batch, length, 2, state). Of A, D and dt_bias: (state + 2, channels), one below the other.
     """
     batch, length, channels = x.shape
     state = A.shape[1]
     cuts = cut(batch, length, channels, training=True)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_dt = torch.empty(dt.shape, dtype=dt.dtype, device=x.device)
-    parts = batch * cuts.chunks
-    grad_A = _float32(x, parts, state, channels)
     grad_BC = _float32(x, cuts.blocks, batch, length, 2, state)
-    grad_D = _float32(x, parts if D is not None else 0, channels)
-    grad_bias = _float32(x, parts if dt_bias is not None else 0, channels)
+    grad_constants = _float32(x, batch * cuts.chunks, state + 2, channels)
     if batch > 0:
         x, dt, grad_y = (_with_unit_stride(tensor) for tensor in (x, dt, grad_y))
         B, C = (_with_vector_rows(tensor.to(B.dtype)) for tensor in (B, C))
@@ -132,7 +129,7 @@ def scan_backward(
         settings["LEVELS"] = (2 * SAVED_GROUP * state // settings["WIDTH"]).bit_length() - 1
         starts = ends = sums = saved  # read or written only where there are chunks
         grid = (cuts.blocks, cuts.chunks, batch)
-        outputs = (grad_x, grad_dt, grad_A, grad_BC, grad_D, grad_bias)
+        outputs = (grad_x, grad_dt, grad_BC, grad_constants)
         if cuts.chunks > 1:
             ends, sums = _float32(x, batch, cuts.chunks, state, channels), _float32(x, batch, cuts.chunks, channels)
             launcher(kernels.backward_kernel)[grid](
@@ -144,14 +141,7 @@ def scan_backward(
             x, dt, A, B, C, D, dt_bias, grad_y, saved, starts, *outputs, ends, sums,
             *strides, length, channels, cuts.chunk, **settings, STARTS=cuts.chunks > 1, ENDS=False, num_warps=1,
         )  # fmt: skip
-    return (
-        grad_x,
-        grad_dt,
-        grad_A.sum(0).t().to(A.dtype),
-        grad_BC.sum(0),
-        grad_D.sum(0).to(D.dtype) if D is not None else grad_D,
-        grad_bias.sum(0).to(dt_bias.dtype) if dt_bias is not None else grad_bias,
-    )
+    return grad_x, grad_dt, grad_BC.sum(0), grad_constants.sum(0)
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor]) -> None:
@@ -161,10 +151,17 @@ def _setup_context(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor
 
 def _differentiate(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     saved, *inputs = ctx.saved_tensors
-    grad_x, grad_dt, grad_A, grad_BC, *rest = scan_backward(grad_y, saved, *inputs)
-    grad_B, grad_C = (grad.to(tensor.dtype) for grad, tensor in zip(grad_BC.unbind(2), inputs[3:5], strict=True))
-    grads = (grad_x, grad_dt, grad_A, grad_B, grad_C, *rest)
-    return tuple(None if tensor is None else grad for tensor, grad in zip(inputs, grads, strict=True))
+    grad_x, grad_dt, grad_BC, grad_constants = scan_backward(grad_y, saved, *inputs)
+    *_, A, B, C, D, dt_bias = inputs
+    return (
+        grad_x,
+        grad_dt,
+        grad_constants[:-2].t().to(A.dtype),
+        grad_BC[:, :, 0].to(B.dtype),
+        grad_BC[:, :, 1].to(C.dtype),
+        None if D is None else grad_constants[-2].to(D.dtype),
+        None if dt_bias is None else grad_constants[-1].to(dt_bias.dtype),
+    )
 
 
 scan_for_training.register_autograd(_differentiate, setup_context=_setup_context)
