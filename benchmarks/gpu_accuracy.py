@@ -21,7 +21,13 @@ from mambavision.inference import optimize
 from results_file import write_results
 
 BATCH = 500
-WAYS = (("instant", torch.bfloat16), ("instant", torch.float16), ("full", torch.bfloat16), ("instant", torch.float32))
+WAYS = (
+    ("instant", torch.bfloat16),
+    ("instant", torch.float16),
+    ("full", torch.bfloat16),
+    ("instant", torch.float32),
+    ("instant", torch.float8_e4m3fn),
+)
 
 
 def main() -> None:

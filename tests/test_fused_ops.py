@@ -110,7 +110,7 @@ def test_conv3x3(dtype, stride, activation, channels, columns, height, width, po
 
 
 @pytest.mark.parametrize(
-    "tile", [conv3x3_op.LIBRARY, Tile(32, 16, 64, 4, 2, 16), Tile(128, 128, 64, 4, 3, 32)], ids=str
+    "tile", [conv3x3_op.LIBRARY, Tile(32, 16, 64, 4, 2, (16,)), Tile(64, 64, 64, 4, 3, (16, 16))], ids=str
 )
 def test_conv3x3_tiles(tile, poisoned):
     """A library's convolution with the kernel behind it, and tiles with a tail, on a view of a wider map."""

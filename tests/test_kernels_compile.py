@@ -43,7 +43,14 @@ from mambavision.inference.optimization import finished
 from mambavision.ops import launch
 from mambavision.ops.backend import Backend
 
-for name in ("conv3x3", "layer_norm", "linear", "selective_scan", "stem", "token_conv"):
+networks = []
+for name, batch, float8 in json.loads(sys.argv[1]):
+    network = fuse(create_model(name))
+    gpu.use_kernels(network, float8=float8)
+    networks.append((finished(network, dtype=torch.bfloat16, tune=False), batch))
+
+OPS = ("conv3x3", "conv3x3.float8", "float8", "layer_norm", "linear", "selective_scan", "stem", "token_conv")
+for name in OPS:
     __import__(f"mambavision.ops.{name}")
     module = sys.modules[f"mambavision.ops.{name}"]
     accepting = [Backend(row.name, row.function, row.strength, lambda _: None) for row in module.BACKENDS]
@@ -51,10 +58,7 @@ for name in ("conv3x3", "layer_norm", "linear", "selective_scan", "stem", "token
     module.BACKENDS = tuple(row for row in accepting if row.name == "triton")
 
 names = set()
-for name, batch in json.loads(sys.argv[1]):
-    network = fuse(create_model(name))
-    gpu.use_kernels(network)
-    network = finished(network, dtype=torch.bfloat16, tune=False)
+for network, batch in networks:
     for few in (True, False):
         gpu.takes_few = lambda x, few=few: few
         with torch.inference_mode(), launch.precompiling():
@@ -75,7 +79,7 @@ def compiled(*networks):
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler comes with its Linux builds")
 @pytest.mark.slow
 def test_the_kernels_of_the_networks_compile_for_a_gpu():
-    found = compiled(("mamba_vision_T", 1), ("mamba_vision_T", 8))
+    found = compiled(("mamba_vision_T", 1, False), ("mamba_vision_T", 8, False), ("mamba_vision_T", 8, True))
     assert found == {
         "conv3x3_kernel",
         "first_conv_kernel",
@@ -83,6 +87,7 @@ def test_the_kernels_of_the_networks_compile_for_a_gpu():
         "linear_kernel",
         "stem_kernel",
         "stitch_kernel",
+        "to_float8_kernel",
         "token_conv_kernel",
         "walk_kernel",
     }

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Measure speed and memory of networks, ours and timm's."
 AUTO = "auto"
-WAYS = ("eager", "compile", "fused", "fused-compile", "optimized", "optimized-full")
+WAYS = ("eager", "compile", "fused", "fused-compile", "optimized", "optimized-full", "optimized-float8")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -6,13 +6,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mambavision.inference.exact import CastWithExact
+from mambavision.inference.float8 import Float8ConvBlocks
 from mambavision.inference.fuse import FusedMixer
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
@@ -27,38 +31,37 @@ from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
 
 CHANNEL_UNIT = 8  # 16 bytes: what a GPU loads at once
+FLOAT8_UNIT = 16  # the same in 8 bits
 # Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
 # with kernels for what surrounds it.
 FEW_ROWS, FEW_CHANNELS = 2048, 640
+# Tokens of a window up to which the memory-efficient attention is faster than flash attention, by up to a half, and
+# windows from which cuDNN's is, by a sixth to a third.
+SHORT_LENGTH, MANY_WINDOWS = 64, 16
 
 
-def use_kernels(fused: MambaVisionBackbone) -> None:
-    """Replace the parts of `fused`, which `fuse` has made, by parts that use the kernels."""
-    widths = [-(-channels // CHANNEL_UNIT) * CHANNEL_UNIT for channels in fused.config.channels]
+def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
+    """Replace the parts of `fused`, which `fuse` has made, by parts that use the kernels.
+
+    Args:
+        fused: the folded network, in float32.
+        float8: whether the blocks of the convolutional levels compute in 8 bits.
+    """
+    unit = FLOAT8_UNIT if float8 else CHANNEL_UNIT
+    widths = [-(-channels // unit) * unit for channels in fused.config.channels]
     levels = cast("Sequence[Any]", fused.levels)
     cast("Any", fused).patch_embed = KernelStem(fused.patch_embed, widths[0])
     for level, width, channels, following in zip(
         levels, widths, fused.config.channels, [*widths[1:], None], strict=False
     ):
-        if level.window_size is None:
+        if level.window_size is None and float8:
+            level.blocks = nn.ModuleList([Float8ConvBlocks(level.blocks, width)])
+        elif level.window_size is None:
             level.blocks = nn.ModuleList(KernelConvBlock(block, width) for block in level.blocks)
         else:
             level.blocks = nn.ModuleList([KernelTokens(level, channels)])
         if level.downsample is not None:
             level.downsample = KernelDownsample(level.downsample, width, cast("int", following))
-
-
-class _CastWithExact(nn.Module):
-    """A module whose buffers named in `exact` stay float32 when the rest is cast to half precision."""
-
-    exact: tuple[str, ...] = ()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _CastWithExact:
-        kept = {name: getattr(self, name) for name in self.exact if getattr(self, name) is not None}
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            setattr(self, name, tensor.to(getattr(self, name).device))
-        return self
 
 
 class KernelStem(nn.Module):
@@ -144,7 +147,7 @@ def takes_few(x: Tensor) -> bool:
     return windows * length <= FEW_ROWS and channels <= FEW_CHANNELS
 
 
-class KernelTokenBlock(_CastWithExact):
+class KernelTokenBlock(CastWithExact):
     """`TokenBlock` through fused kernels; see `KernelTokens` for its two ways."""
 
     exact = ("sum1", "sum2", "early1", "early2")
@@ -196,7 +199,7 @@ class KernelTokenBlock(_CastWithExact):
         x.addmm_(hidden, self.fc2.weight.t())
 
 
-class KernelMixer(_CastWithExact):
+class KernelMixer(CastWithExact):
     """`FusedMixer` between its projections: the convolutions and the scan, which writes where it read."""
 
     exact = ("A", "D", "dt_bias")
@@ -257,8 +260,28 @@ class KernelAttention(nn.Module):
         if windows == 0:  # which not every fused kernel takes
             return qkv[..., : self.num_heads * self.width]
         q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (windows, heads, length, width)
+        with _fastest_attention(q):
+            x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (windows, heads, length, width)
         return x.transpose(1, 2).reshape(windows, length, -1)
+
+
+def _fastest_attention(q: Tensor) -> AbstractContextManager[None]:
+    """PyTorch's backends in the order of their speed for queries (windows, heads, length, width), as measured."""
+    windows, _, length, _ = q.shape
+    if not q.is_cuda or (torch.is_grad_enabled() and q.requires_grad):
+        return nullcontext()  # `layers.attention` says which backward must be kept from
+    if length <= SHORT_LENGTH:
+        order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    elif windows >= MANY_WINDOWS:  # takes a second when it is first called
+        order = [
+            SDPBackend.CUDNN_ATTENTION,
+            SDPBackend.FLASH_ATTENTION,
+            SDPBackend.EFFICIENT_ATTENTION,
+            SDPBackend.MATH,
+        ]
+    else:
+        return nullcontext()
+    return sdpa_kernel(order, set_priority=True)
 
 
 def _padded(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:

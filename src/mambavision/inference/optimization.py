@@ -18,6 +18,7 @@ from mambavision.inference.graphs import GraphRunner
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 from mambavision.ops.backend import Situation, refuse_inference_kernels
+from mambavision.ops.float8 import refuse_float8_kernels
 from mambavision.ops.tiles import measuring
 
 Mode = Literal["instant", "full"]
@@ -41,10 +42,12 @@ def optimize(
         mode: `instant` runs at once. `full` takes longer for the first call of a shape, on a GPU to try several tiles
             for each kernel, on a CPU without packed kernels to compile.
         dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+            float8_e4m3fn is for the blocks of the convolutional levels alone, with bfloat16 around them: faster where
+            channels are many, and less exact (see `inference.float8`).
 
     Raises:
         TypeError: the model is no network of this package.
-        ValueError: an unknown mode, or a model on the meta device or optimised already.
+        ValueError: an unknown mode, a model on the meta device or optimised already, or float8 where it cannot run.
     """
     if not isinstance(model, MambaVisionBackbone):
         raise TypeError(f"optimize takes a MambaVision network, got {type(model).__name__}.")
@@ -54,6 +57,12 @@ def optimize(
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
     fused = fuse(model)
     device = next(fused.parameters()).device
+    float8 = dtype == torch.float8_e4m3fn
+    if float8:
+        fault = refuse_float8_kernels(Situation(device.type, torch.float8_e4m3fn))
+        if fault is not None:
+            raise ValueError(f"optimize cannot compute in float8 here: {fault}. Choose another dtype.")
+        dtype = torch.bfloat16
     if device.type == "cpu":
         dtype = dtype or torch.float32
         return _of_kind(optimize_for_cpu(fused, dtype=dtype, mode=mode), _CpuClassifier, _CpuBackbone, dtype)
@@ -63,7 +72,7 @@ def optimize(
             dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     fault = refuse_inference_kernels(Situation(device.type, dtype))
     if fault is None:
-        use_kernels(fused)
+        use_kernels(fused, float8=float8)
     elif device.type == "cuda" and dtype in HALVES:
         _logger.warning("optimize goes without its fused kernels: %s.", fault)
     return finished(fused, dtype=dtype, tune=mode == "full")

@@ -21,10 +21,11 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.
 
 
 class Way(NamedTuple):
-    """How a network is made ready; `prepared` is for our own networks alone."""
+    """How a network is made ready; `prepared` is for our own networks alone, and `casts` where it chooses the types."""
 
     prepared: Callable[[Any, torch.dtype], nn.Module] | None = None
     compiled: bool = False
+    casts: bool = False
 
 
 WAYS = {
@@ -32,8 +33,9 @@ WAYS = {
     "compile": Way(compiled=True),
     "fused": Way(lambda model, _: fuse(model)),
     "fused-compile": Way(lambda model, _: fuse(model), compiled=True),
-    "optimized": Way(lambda model, dtype: optimize(model, dtype=dtype)),
-    "optimized-full": Way(lambda model, dtype: optimize(model, dtype=dtype, mode="full")),
+    "optimized": Way(lambda model, dtype: optimize(model, dtype=dtype), casts=True),
+    "optimized-full": Way(lambda model, dtype: optimize(model, dtype=dtype, mode="full"), casts=True),
+    "optimized-float8": Way(lambda model, _: optimize(model, dtype=torch.float8_e4m3fn), casts=True),
 }
 
 
@@ -83,9 +85,12 @@ def prepare(
 
     Raises:
         UnknownVariantError: neither ours nor timm's.
-        ValueError: the way is for our networks alone, or the network does not take this size.
+        ValueError: the way is for our networks alone, does not run here or not in this type, or the network does not
+            take this size.
     """
-    prepared, compiled = WAYS[way]
+    prepared, compiled, casts = WAYS[way]
+    if way == "optimized-float8" and dtype != "bfloat16":
+        raise ValueError(f"{way} computes in bfloat16 around its 8-bit convolutions; choose that type, not {dtype}.")
     if name in VARIANTS:
         model: nn.Module = create_model(name, device=device).eval()
         size = img_size or get_config(name).preprocessing.img_size
@@ -98,7 +103,7 @@ def prepare(
     macs = _macs(model, size)
     if prepared is not None:
         model = prepared(model, TYPES[dtype])
-    if way not in ("optimized", "optimized-full"):  # which have chosen their types and layout
+    if not casts:
         model = model.to(dtype=TYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
     run: Callable[[Tensor], Any] = model
     if compiled:  # CUDA graphs where there are any: launches would hide what the kernels do

@@ -23,7 +23,7 @@ class Tile(NamedTuple):
         inner: of the product's inner index, a step.
         warps: threads over 32.
         stages: steps whose loads are under way at once.
-        tail: columns of a second, narrower tile beside the first.
+        tails: columns of narrower tiles beside the first, two at most.
     """
 
     rows: int
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     inner: int
     warps: int
     stages: int
-    tail: int = 0
+    tails: tuple[int, ...] = ()
 
 
 # For little work: the first that gives enough programs to keep a large GPU busy, else the last.
@@ -47,8 +47,8 @@ def small_tiles(rows: int, columns: int) -> list[Tile]:
 
 
 def common_unit(*lengths: int) -> int:
-    """The largest of 8, 4, 2, 1 that divides all: strides in units of it tell the compiler what it may load at once."""
-    return next(unit for unit in (8, 4, 2, 1) if all(length % unit == 0 for length in lengths))
+    """The largest of 16, 8, 4, 2, 1 that divides all: strides in such units tell a compiler what it may load."""
+    return next(unit for unit in (16, 8, 4, 2, 1) if all(length % unit == 0 for length in lengths))
 
 
 def is_large(rows: int, columns: int) -> bool:

@@ -4,42 +4,48 @@ import triton
 import triton.language as tl
 
 from mambavision.ops.activation_kernels import activated
+from mambavision.ops.float8.kernels import rounded_to_float8
 
 
 @triton.jit
 def conv3x3_kernel(
     x,  # (batch, height, width, CHANNELS)
     weight,  # (columns, 3, 3, CHANNELS)
+    scale,  # (columns,): what the product with 8-bit weights is multiplied by
     bias,  # (columns,)
     residual,  # (batch, out_height, out_width, columns)
     out,  # the same
+    copy,  # the same: out once more, in 8 bits
     batch,
     height,
     width,
     out_height,
     out_width,
-    columns,
     x_batch,  # strides of x in units of UNIT elements, so that the compiler knows what divides them
     x_row,
     x_column,
-    out_column,  # stride from pixel to pixel of `out` and `residual`, likewise
+    columns,  # likewise; also the stride from pixel to pixel of `out` and `residual`
     UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,  # columns of a second, narrower tile, or 0: 80 channels are 64 and 16, without a rest
+    LAST: tl.constexpr,  # of a third: 200 channels are 128, 64 and 16, with a rest of 8
     BLOCK_K: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """BLOCK_M output pixels by BLOCK_N + TAIL channels. Grid: (tiles of channels, tiles of pixels).
+    """BLOCK_M output pixels by BLOCK_N + TAIL + LAST channels. Grid: (tiles of channels, tiles of pixels).
 
     A product of matrices whose left one is never formed: its inner index runs over taps and channels, and its rows are
     gathered from the map on the way.
     """
     INNER: tl.constexpr = 9 * CHANNELS
+    columns = columns * UNIT
     pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
     image = pixel // (out_height * out_width)
@@ -51,14 +57,16 @@ def conv3x3_kernel(
     top = tl.where(pixel < pixels, top, -4)  # past the end nothing is read
 
     k = tl.arange(0, BLOCK_K)
-    first = tl.program_id(0) * (BLOCK_N + TAIL)
-    column = first + tl.arange(0, BLOCK_N)
-    weight_at = weight + (column % columns)[None, :] * INNER + k[:, None]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if TAIL > 0:
-        tail_column = first + BLOCK_N + tl.arange(0, TAIL)
-        tail_at = weight + (tail_column % columns)[None, :] * INNER + k[:, None]
-        tail = tl.zeros([BLOCK_M, TAIL], tl.float32)
+    WIDTHS: tl.constexpr = (BLOCK_N, TAIL, LAST)
+    start_column = tl.program_id(0) * (BLOCK_N + TAIL + LAST)
+    columns_of, weights_at, sums = (), (), ()  # an entry a tile
+    for part in tl.static_range(3):
+        if WIDTHS[part] > 0:
+            column = start_column + tl.arange(0, WIDTHS[part])
+            columns_of = columns_of + (column,)
+            weights_at = weights_at + (weight + (column % columns)[None, :] * INNER + k[:, None],)
+            sums = sums + (tl.zeros([BLOCK_M, WIDTHS[part]], tl.float32),)
+            start_column += WIDTHS[part]
     for start in range(0, INNER, BLOCK_K):
         # From the whole index, and not tap by tap, so that the compiler sees which 16 bytes lie side by side.
         tap = (start + k) // CHANNELS
@@ -67,50 +75,59 @@ def conv3x3_kernel(
         there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (tap < 9)[None, :]
         place = tap // 3 * row_step + tap % 3 * column_step + (start + k) % CHANNELS
         a = tl.load(x_at[:, None] + place[None, :], mask=there, other=0.0)
-        if INNER % BLOCK_K == 0:
-            b = tl.load(weight_at)
-        else:
-            b = tl.load(weight_at, mask=(start + k < INNER)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc)
-        weight_at += BLOCK_K
-        if TAIL > 0:
+        new_sums, new_weights_at = (), ()
+        for part in tl.static_range(len(sums)):
             if INNER % BLOCK_K == 0:
-                b = tl.load(tail_at)
+                b = tl.load(weights_at[part])
             else:
-                b = tl.load(tail_at, mask=(start + k < INNER)[:, None], other=0.0)
-            tail = tl.dot(a, b, tail)
-            tail_at += BLOCK_K
+                b = tl.load(weights_at[part], mask=(start + k < INNER)[:, None], other=0.0)
+            new_sums = new_sums + (tl.dot(a, b, sums[part]),)
+            new_weights_at = new_weights_at + (weights_at[part] + BLOCK_K,)
+        sums, weights_at = new_sums, new_weights_at
 
-    offset = pixel.to(tl.int64) * (out_column * UNIT)
+    offset = pixel.to(tl.int64) * columns
     inside = pixel < pixels
-    _finish(acc, bias, residual, out, offset, inside, column, columns, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
-    if TAIL > 0:
-        _finish(tail, bias, residual, out, offset, inside, tail_column, columns, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+    for part in tl.static_range(len(sums)):
+        _finish(
+            sums[part], scale, bias, residual, out, copy, offset, inside, columns_of[part], columns,
+            HAS_SCALE, HAS_BIAS, HAS_RESIDUAL, HAS_COPY, ACTIVATION,
+        )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     acc,
+    scale,
     bias,
     residual,
     out,
+    copy,
     offset,
     inside,
     column,
     columns,
+    HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    HAS_COPY: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """Bias, activation and residual, then the store."""
+    """Scale, bias, activation and residual, then the stores."""
     there = inside[:, None] & (column < columns)[None, :]
     at = offset[:, None] + column[None, :]
+    if HAS_SCALE:
+        acc *= tl.load(scale + column, mask=column < columns, other=0.0)[None, :]
     if HAS_BIAS:
         acc += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
     acc = activated(acc, ACTIVATION)
     if HAS_RESIDUAL:
         acc += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
+    if out.dtype.element_ty == tl.float8e4nv:
+        tl.store(out + at, rounded_to_float8(acc), mask=there)
+    else:
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=there)
+    if HAS_COPY:
+        tl.store(copy + at, rounded_to_float8(acc), mask=there)
 
 
 @triton.jit
@@ -137,4 +154,7 @@ def finish_kernel(
         out + offset[:, None] + column[None, :], mask=inside[:, None] & (column < columns)[None, :], other=0.0
     )
     acc = acc.to(tl.float32)
-    _finish(acc, bias, residual, out, offset, inside, column, columns, HAS_BIAS, HAS_RESIDUAL, ACTIVATION)
+    _finish(
+        acc, None, bias, residual, out, None, offset, inside, column, columns,
+        False, HAS_BIAS, HAS_RESIDUAL, False, ACTIVATION,
+    )  # fmt: skip

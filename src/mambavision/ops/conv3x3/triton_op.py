@@ -21,13 +21,14 @@ def candidates(pixels: int, columns: int, channels: int) -> list[Tile]:
     """The tiles worth trying, the likely best first."""
     if not is_large(pixels, columns):
         return [*small_tiles(pixels, columns), LIBRARY]
-    rest = columns % 128  # of whole tiles; what is left gets a tile of its own where it is narrow
-    if columns < 128 and columns % 64 in (16, 32):
-        ours = [Tile(128, 64, 64, 4, 4, columns % 64), Tile(128, 64, 128, 4, 3, columns % 64)]
-    elif columns < 256 and rest in (16, 32, 64):
-        ours = [Tile(128, 128, 64, 4, 3, rest), Tile(256, 128, 64, 8, 3, rest)]
+    if columns < 128 and columns % 64 in (16, 32):  # a rest that is narrow gets a tile of its own
+        ours = [Tile(128, 64, 64, 4, 4, (columns % 64,)), Tile(128, 64, 128, 4, 3, (columns % 64,))]
+    elif columns < 256 and columns % 128 in (16, 32, 64):
+        ours = [Tile(128, 128, 64, 4, 3, (columns % 128,)), Tile(256, 128, 64, 8, 3, (columns % 128,))]
+    elif 0 < columns % 256 <= 128:
+        ours = [Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)]
     else:
-        ours = [Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)]
+        ours = [Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4)]
     # Neither do tiles fit a number of channels that 16 does not divide.
     return [LIBRARY, *ours] if channels >= WIDE_FROM or columns % 16 else [*ours, LIBRARY]
 
@@ -52,35 +53,125 @@ def launch(
     """`conv3x3` with a tile chosen for the shape or given."""
     batch, channels, height, width = x.shape
     columns = weight.shape[0]
-    out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    shape = (batch, columns, out_height, out_width)
-    pixels = batch * out_height * out_width
+    shape = (batch, columns, (height - 1) // stride + 1, (width - 1) // stride + 1)
+    pixels = batch * shape[2] * shape[3]
     if pixels == 0:
         return x.new_empty(shape)
-    if x.stride(1) != 1:
-        x = x.contiguous(memory_format=torch.channels_last)
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    strides = (x.stride(0), x.stride(2), x.stride(3), columns)
-    unit = common_unit(*strides)
+    x, weight, residual = _laid_out(x, weight, residual)
 
     def run(tile: Tile) -> Tensor:
         if tile == LIBRARY:
             return _finished(F.conv2d(x, weight, None, stride, 1), bias, residual, activation)
-        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-        grid = (triton.cdiv(columns, tile.columns + tile.tail), triton.cdiv(pixels, tile.rows))
-        launcher(conv3x3_kernel)[grid](
-            x, weight, bias, out if residual is None else residual, out,
-            batch, height, width, out_height, out_width, columns, *(step // unit for step in strides),
-            UNIT=unit, CHANNELS=channels, STRIDE=stride,
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, TAIL=tile.tail, BLOCK_K=tile.inner, HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        out = _empty(shape, x.dtype, x.device)
+        _launch_kernel(tile, x, weight, None, bias, residual, out, None, stride, activation)
         return out
 
     key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, x.device)
     return run(tile or choose(key, candidates(pixels, columns, channels), run))
+
+
+def float8_candidates(pixels: int, columns: int) -> list[Tile]:
+    """The tiles worth trying for 8-bit numbers, the likely best first."""
+    if not is_large(pixels, columns):
+        return small_tiles(pixels, columns)
+    programs = -(-columns // 256)
+    rest = -(-columns // (16 * programs)) * 16  # columns a program, as up to three tiles
+    widths: list[int] = []
+    for width in (256, 128, 64, 32, 16):
+        if rest >= width and len(widths) < 3:
+            widths.append(width)
+            rest -= width
+    if rest:
+        widths[-1] *= 2
+    first, *tails = widths
+    return [Tile(128, first, 128, 8, 3, tuple(tails)), Tile(128, first, 64, 8, 4, tuple(tails))]
+
+
+@triton_op("mambavision::conv3x3_float8", mutates_args=())
+def conv3x3_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """Like `conv3x3`, of 8-bit numbers and to such."""
+    out = _empty(_same_size(x, weight), x.dtype, x.device)
+    _launch_float8(x, weight, scale, bias, None, out, None, activation)
+    return out
+
+
+@triton_op("mambavision::conv3x3_float8_add", mutates_args=())
+def conv3x3_float8_add(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The sum in the type of the residual, and in 8 bits."""
+    shape = _same_size(x, weight)
+    out, copy = _empty(shape, residual.dtype, x.device), _empty(shape, x.dtype, x.device)
+    _launch_float8(x, weight, scale, bias, residual, out, copy, activation)
+    return out, copy
+
+
+def _launch_float8(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    residual: Tensor | None,
+    out: Tensor,
+    copy: Tensor | None,
+    activation: str,
+) -> None:
+    if out.numel() == 0:
+        return
+    x, weight, residual = _laid_out(x, weight, residual)
+    columns = out.shape[1]
+    pixels = out.numel() // columns
+
+    def run(tile: Tile) -> None:
+        _launch_kernel(tile, x, weight, scale, bias, residual, out, copy, 1, activation)
+
+    key = ("conv3x3_float8", pixels, columns, x.shape[1], activation, residual is None, x.device)
+    run(choose(key, float8_candidates(pixels, columns), run))
+
+
+def _launch_kernel(
+    tile: Tile,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    out: Tensor,
+    copy: Tensor | None,
+    stride: int,
+    activation: str,
+) -> None:
+    batch, channels, height, width = x.shape
+    _, columns, out_height, out_width = out.shape
+    strides = (x.stride(0), x.stride(2), x.stride(3), columns)
+    unit = common_unit(*strides)
+    tails = (*tile.tails, 0, 0)
+    grid = (triton.cdiv(columns, tile.columns + sum(tails)), triton.cdiv(batch * out_height * out_width, tile.rows))
+    launcher(conv3x3_kernel)[grid](
+        x, weight, scale, bias, residual, out, copy,
+        batch, height, width, out_height, out_width, *(step // unit for step in strides),
+        UNIT=unit, CHANNELS=channels, STRIDE=stride,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, TAIL=tails[0], LAST=tails[1], BLOCK_K=tile.inner,
+        HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
+        HAS_COPY=copy is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _same_size(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+    return (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+
+
+def _laid_out(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands as the kernel reads them: channels side by side, and what is no map of x without gaps."""
+    if x.stride(1) != 1:
+        x = x.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    return x, weight.contiguous(memory_format=torch.channels_last), residual
 
 
 def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:

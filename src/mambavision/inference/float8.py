@@ -1,0 +1,60 @@
+"""The convolutions of levels 0 and 1 in 8 bits: half the bytes and half the time on the matrix unit.
+
+The stream that the blocks add to stays in 16 bits. What the convolutions read of it, what lies between the two of a
+block, and the weights are rounded to float8_e4m3fn, with 3 bits of mantissa: sums of many products are off by some
+percent of a block's share. Each output of a weight has a scale; maps need none, since behind batch norms they lie well
+within the type's 0.002 to 448.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambavision.inference.exact import CastWithExact
+from mambavision.layers.conv_block import ConvBlock
+from mambavision.ops.conv3x3.float8 import conv3x3_float8
+from mambavision.ops.float8 import scaled_to_float8, to_float8
+
+
+class Float8Conv(CastWithExact):
+    """A folded 3x3 convolution with `width` channels in and out, those beyond its own zero."""
+
+    exact = ("weight", "scale", "bias")
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(self, conv: nn.Conv2d, width: int) -> None:
+        super().__init__()
+        more = width - conv.out_channels
+        weight, scale = scaled_to_float8(F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, more, 0, more)))
+        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", F.pad(cast("Tensor", conv.bias).detach().float(), (0, more)))
+
+
+class Float8ConvBlocks(nn.Module):
+    """All `ConvBlock`s of a level, on maps of `width` channels."""
+
+    def __init__(self, blocks: Iterable[ConvBlock], width: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.ModuleList(Float8Conv(conv, width) for conv in (block.conv1, block.conv2)) for block in blocks
+        )
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, width, H, W), the same out
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "A network optimised in float8 has no gradients; run it under torch.no_grad(), or use the model itself."
+            )
+        rounded = to_float8(x)
+        for first, second in cast("Iterable[tuple[Float8Conv, Float8Conv]]", self.convs):
+            _, branch = conv3x3_float8(rounded, first.weight, first.scale, first.bias, activation="gelu_tanh")
+            total, rounded = conv3x3_float8(branch, second.weight, second.scale, second.bias, residual=x)
+            x = cast("Tensor", total)
+        return x

@@ -1,0 +1,193 @@
+"""8-bit numbers: rounding, the convolution against float64, and the network that uses them."""
+
+import numpy as np
+import pytest
+import torch
+
+from mambavision import create_model
+from mambavision.inference import gpu, optimize
+from mambavision.inference.fuse import fuse
+from mambavision.inference.optimization import finished
+from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
+from mambavision.ops.float8 import scaled_to_float8, to_float8
+from test_optimize import difference, photographs
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+LAST = torch.channels_last
+
+
+def triton_op(name):
+    pytest.importorskip("triton", "3.3")
+    return __import__(f"mambavision.ops.{name}.triton_op", fromlist=["triton_op"])
+
+
+def mended(found, expected):
+    """`found` in float64; what Triton's interpreter gets wrong is put right.
+
+    It forgets to carry: of a number that rounds up to a power of two it makes half of that.
+    """
+    found, expected = found.double(), expected.double()
+    if DEVICE == "cuda":
+        return found
+    halved = (2 * found == expected) & (expected.abs().log2().frac() == 0)
+    return torch.where(halved, expected, found)
+
+
+def nearest(values):
+    """The closest of all numbers that the type has, by search; ties to an even mantissa."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
+    codes = np.flatnonzero(numbers.isfinite().numpy())
+    distances = (values.double()[:, None] - numbers[codes]).abs() + 1e-12 * torch.from_numpy(codes % 2)
+    return numbers[codes][distances.argmin(1)]
+
+
+def test_rounding_takes_the_nearest_number_and_cuts_what_is_too_large():
+    values = torch.cat(
+        [torch.randn(500) * 10.0 ** torch.randint(-3, 3, (500,)), torch.tensor([448.0, 460.0, 1e9, -1e9])]
+    )
+    expected = nearest(values)
+    assert torch.equal(to_float8(values).double(), expected)
+    assert torch.equal(to_float8(values.to(DEVICE)).double().cpu(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_kernel_rounds_maps_of_any_layout(dtype):
+    x = (100 * torch.randn(2, 5, 6, 7)).to(dtype).to(DEVICE)
+    x[0, 0, 0, 0] = 1e4
+    for view in (x, x.contiguous(memory_format=LAST), x[:, 1:], x[..., ::2], x.permute(0, 3, 2, 1), x[:0]):
+        found, expected = triton_op("float8").to_float8(view), to_float8(view, backend="reference")
+        assert found.shape == expected.shape
+        found, expected = mended(found, expected), expected.double()
+        if DEVICE == "cuda":
+            assert torch.equal(found, expected)
+        else:  # which cuts the smallest numbers and ties
+            torch.testing.assert_close(found, expected, rtol=1 / 8, atol=2**-9)
+
+
+def test_a_weight_is_its_rounded_numbers_times_a_scale():
+    weight = torch.randn(6, 4, 3, 3) * torch.logspace(-4, 2, 6)[:, None, None, None]
+    weight[2] = 0
+    numbers, scale = scaled_to_float8(weight)
+    found = numbers.double() * scale.double()[:, None, None, None]
+    assert torch.equal(found[2], torch.zeros(4, 3, 3, dtype=torch.double))
+    for output in (0, 1, 3, 4, 5):  # however small or large
+        assert difference(found[output], weight[output]) < 2**-4
+        assert numbers[output].float().abs().max() == 448
+
+
+def operands(channels, columns, height, width):
+    x = to_float8(torch.randn(2, channels, height, width)).to(DEVICE).contiguous(memory_format=LAST)
+    weight, scale = scaled_to_float8(torch.randn(columns, channels, 3, 3) * (9 * channels) ** -0.5)
+    residual = torch.randn(2, columns, height, width).half().to(DEVICE)
+    return x, weight.to(DEVICE), scale.to(DEVICE), torch.randn(columns).to(DEVICE), residual
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh"])
+@pytest.mark.parametrize(("channels", "columns", "height", "width"), [(16, 48, 9, 7), (32, 80, 1, 5), (48, 16, 4, 4)])
+def test_the_kernel_against_float64(channels, columns, height, width, activation):
+    x, weight, scale, bias, residual = operands(channels, columns, height, width)
+    op = triton_op("conv3x3")
+    wide = (x, weight, scale.double(), bias.double())
+    _, expected = conv3x3_float8_reference(*wide, None, activation)
+    found = op.conv3x3_float8(x, weight, scale, bias, activation)
+    exact = conv3x3_float8_reference(*wide, torch.zeros_like(residual, dtype=torch.double), activation)[0]
+    assert found.dtype == expected.dtype == torch.float8_e4m3fn
+    assert difference(mended(found, expected), exact) <= 1.1 * difference(expected, exact)
+    total, expected = conv3x3_float8_reference(*wide, residual.double(), activation)
+    found = op.conv3x3_float8_add(x, weight, scale, bias, residual, activation)
+    assert found[0].dtype == residual.dtype
+    assert difference(found[0], total) < 1e-3  # the sum's type, and on a GPU the matrix unit's short sums
+    assert difference(mended(found[1], expected), total) <= 1.1 * difference(expected, total)
+
+
+@pytest.mark.parametrize("shape", [(0, 16, 4, 4), (2, 16, 0, 4)])
+def test_the_kernel_takes_nothing(shape):
+    x = torch.zeros(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+    weight, scale = scaled_to_float8(torch.randn(16, 16, 3, 3, device=DEVICE))
+    assert triton_op("conv3x3").conv3x3_float8(x, weight, scale, scale, "none").shape == shape
+
+
+def test_other_types_and_shapes_are_refused():
+    x, weight, scale, bias, _ = operands(16, 16, 4, 4)
+    with pytest.raises(TypeError, match=r"must be float8_e4m3fn, got torch.float32"):
+        conv3x3_float8(x.float(), weight, scale, bias)
+    with pytest.raises(ValueError, match="to fit the map"):
+        conv3x3_float8(x, weight[:, :8], scale, bias)
+
+
+def of_float8(model):
+    """What `optimize` makes on a GPU, without graphs, on any device."""
+    fused = fuse(model)
+    gpu.use_kernels(fused, float8=True)
+    return finished(fused, dtype=torch.bfloat16, tune=False)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"dim": 12, "num_heads": (1, 1, 4, 8)}, {"features_only": True}])
+def test_the_network_stays_close_to_float32(arguments):
+    from test_fuse import outputs, trained
+
+    model = trained(**arguments).eval()
+    images = torch.randn(2, 3, 70, 64)
+    with torch.no_grad():
+        for actual, expected in zip(outputs(of_float8(model), images), outputs(model, images), strict=True):
+            assert actual.shape == expected.shape
+            assert difference(actual, expected) < 6e-2
+
+
+def test_the_packaged_model_sees_the_same_in_photographs():
+    model = create_model("mamba_vision_nano_32", pretrained=True).eval()
+    images = photographs(model)
+    with torch.no_grad():
+        found, expected = of_float8(model)(images), model(images)
+    assert 1e-3 < difference(found, expected) < 8e-2  # 8-bit numbers were used, and no harm was done
+    assert torch.equal(found.argmax(1), expected.argmax(1))
+
+
+def test_numbers_of_8_bits_stay_what_they_are_when_the_rest_is_cast():
+    network = of_float8(create_model("mamba_vision_test_tiny"))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items() if "convs" in key}
+    assert len(before) == 3 * 2 * sum(network.config.depths[:2])
+    after = network.half().state_dict()
+    assert all(after[key].dtype == tensor.dtype and torch.equal(after[key], tensor) for key, tensor in before.items())
+
+
+def test_a_gradient_is_not_lost_in_silence():
+    network = of_float8(create_model("mamba_vision_test_tiny").eval())
+    with pytest.raises(RuntimeError, match="float8 has no gradients"):
+        network(torch.randn(1, 3, 64, 64, requires_grad=True))
+
+
+def test_where_it_cannot_run_one_sentence_says_so():
+    with pytest.raises(ValueError, match=r"cannot compute in float8 here: cpu is no GPU .* Choose another dtype"):
+        optimize(create_model("mamba_vision_test_tiny"), dtype=torch.float8_e4m3fn)
+
+
+# --- what only a GPU shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "batch", "bound"), [("mamba_vision_L", 32, 3e-2), ("mamba_vision_T", 1, 6e-2)])
+def test_logits_stay_close_on_a_gpu(name, batch, bound):
+    from deterministic_weights import deterministic_images
+
+    model = create_model(name, device="cuda").eval()
+    network = optimize(model, dtype=torch.float8_e4m3fn)
+    images = deterministic_images(batch, *model.config.preprocessing.img_size).cuda()
+    with torch.no_grad():
+        assert difference(network(images), model(images)) < bound
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("channels", "side"), [(208, 56), (400, 28), (80, 56)])
+def test_the_tiles_of_the_networks(channels, side):
+    x = to_float8(torch.randn(16, channels, side, side, device="cuda")).contiguous(memory_format=LAST)
+    weight, scale = scaled_to_float8(torch.randn(channels, channels, 3, 3, device="cuda") * (9 * channels) ** -0.5)
+    bias, residual = (
+        torch.randn(channels, device="cuda"),
+        torch.randn(16, channels, side, side, device="cuda").bfloat16(),
+    )
+    expected, _ = conv3x3_float8_reference(x, weight, scale, bias, residual, "none")
+    found, rounded = triton_op("conv3x3").conv3x3_float8_add(x, weight, scale, bias, residual, "none")
+    assert difference(found, expected) < 3e-3
+    assert difference(rounded, expected) < 4e-2
