@@ -179,7 +179,7 @@ def test_logits_stay_close_on_a_gpu(name, batch, bound):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("channels", "side"), [(208, 56), (400, 28), (80, 56)])
+@pytest.mark.parametrize(("channels", "side"), [(224, 56), (416, 28), (96, 56)])
 def test_the_tiles_of_the_networks(channels, side):
     x = to_float8(torch.randn(16, channels, side, side, device="cuda")).contiguous(memory_format=LAST)
     weight, scale = scaled_to_float8(torch.randn(channels, channels, 3, 3, device="cuda") * (9 * channels) ** -0.5)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from mambavision.ops.activation import activate
 from mambavision.ops.backend import Situation, refuse_inference_kernels
-from mambavision.ops.conv3x3 import conv3x3
+from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
@@ -110,7 +110,7 @@ def test_conv3x3(dtype, stride, activation, channels, columns, height, width, po
 
 
 @pytest.mark.parametrize(
-    "tile", [conv3x3_op.LIBRARY, Tile(32, 16, 64, 4, 2, (16,)), Tile(64, 64, 64, 4, 3, (16, 16))], ids=str
+    "tile", [conv3x3_op.LIBRARY, Tile(32, 16, 64, 4, 2, 16), Tile(128, 128, 64, 4, 3, 32)], ids=str
 )
 def test_conv3x3_tiles(tile, poisoned):
     """A library's convolution with the kernel behind it, and tiles with a tail, on a view of a wider map."""
@@ -119,7 +119,19 @@ def test_conv3x3_tiles(tile, poisoned):
     weight, residual = random(80, 32, 3, 3, dtype=dtype, scale=0.1), random(2, 80, 6, 5, dtype=dtype)
     truth = conv3x3(*wide(x, weight), residual=residual.double(), activation="gelu_tanh")
     usual = conv3x3(x, weight, residual=residual, activation="gelu_tanh", backend="reference")
-    check(conv3x3_op.launch(x, weight, None, residual, 1, "gelu_tanh", tile), usual, truth)
+    for laid_out in (weight, weight_of_rows(aligned_rows(weight), 32)):
+        check(conv3x3_op.launch(x, laid_out, None, residual, 1, "gelu_tanh", tile), usual, truth)
+    gaps = torch.full((80, 320), float("nan"), dtype=dtype, device=DEVICE)  # what lies between the rows is not read
+    gaps[:, : 9 * 32] = aligned_rows(weight)[:, : 9 * 32]
+    check(conv3x3_op.launch(x, weight_of_rows(gaps, 32), None, residual, 1, "gelu_tanh", tile), usual, truth)
+
+
+def test_aligned_rows_hold_the_weight():
+    weight = random(6, 5, 3, 3, dtype=torch.float32)
+    rows = aligned_rows(weight)
+    assert rows.shape == (6, 128)
+    assert rows[:, 45:].count_nonzero() == 0
+    assert torch.equal(weight_of_rows(rows, 5), weight)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -245,7 +257,8 @@ def test_linear_at_the_sizes_of_the_networks(dtype, rows, inner, columns, poison
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("channels", "columns", "side", "stride"), [(80, 80, 56, 1), (160, 160, 28, 1), (80, 160, 56, 2), (200, 392, 28, 2)]
+    ("channels", "columns", "side", "stride"),
+    [(80, 80, 56, 1), (160, 160, 28, 1), (80, 160, 56, 2), (200, 392, 28, 2), (208, 208, 56, 1)],
 )
 def test_conv3x3_at_the_sizes_of_the_networks(channels, columns, side, stride, poisoned):
     dtype = torch.bfloat16
@@ -257,7 +270,7 @@ def test_conv3x3_at_the_sizes_of_the_networks(channels, columns, side, stride, p
     truth = conv3x3(*wide(x, weight, bias), stride=stride, activation="gelu_tanh")
     usual = conv3x3(x, weight, bias, stride=stride, activation="gelu_tanh", backend="reference")
     pixels = 16 * (side // stride) ** 2
-    for tile in conv3x3_op.candidates(pixels, columns, channels):
+    for tile in conv3x3_op.candidates(pixels, columns, channels, stride):
         check(conv3x3_op.launch(x, weight, bias, None, stride, "gelu_tanh", tile), usual, truth)
 
 

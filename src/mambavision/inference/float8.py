@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mambavision.inference.exact import CastWithExact
 from mambavision.layers.conv_block import ConvBlock
+from mambavision.ops.conv3x3 import aligned_rows, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8
 from mambavision.ops.float8 import scaled_to_float8, to_float8
 
@@ -24,18 +25,25 @@ from mambavision.ops.float8 import scaled_to_float8, to_float8
 class Float8Conv(CastWithExact):
     """A folded 3x3 convolution with `width` channels in and out, those beyond its own zero."""
 
-    exact = ("weight", "scale", "bias")
-    weight: Tensor
+    exact = ("rows", "scale", "bias")
+    rows: Tensor
     scale: Tensor
     bias: Tensor
 
     def __init__(self, conv: nn.Conv2d, width: int) -> None:
         super().__init__()
+        self.channels = width
         more = width - conv.out_channels
         weight, scale = scaled_to_float8(F.pad(conv.weight.detach(), (0, 0, 0, 0, 0, more, 0, more)))
-        self.register_buffer("weight", weight.contiguous(memory_format=torch.channels_last))
+        # As bytes, since padding is not made for 8-bit numbers.
+        self.register_buffer("rows", aligned_rows(weight.view(torch.uint8)).view(weight.dtype))
         self.register_buffer("scale", scale)
         self.register_buffer("bias", F.pad(cast("Tensor", conv.bias).detach().float(), (0, more)))
+
+    @property
+    def weight(self) -> Tensor:
+        """(width, width, 3, 3)."""
+        return weight_of_rows(self.rows, self.channels)
 
 
 class Float8ConvBlocks(nn.Module):

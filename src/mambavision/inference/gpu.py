@@ -24,14 +24,14 @@ from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.ops import selective_scan, selective_scan_
-from mambavision.ops.conv3x3 import conv3x3
+from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
 
-CHANNEL_UNIT = 8  # 16 bytes: what a GPU loads at once
-FLOAT8_UNIT = 16  # the same in 8 bits
+CHANNEL_UNIT, FLOAT8_UNIT = 16, 32  # 32 bytes, what a GPU reads of its memory at once, in 16 and in 8 bits
+HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a head
 # Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
 # with kernels for what surrounds it.
 FEW_ROWS, FEW_CHANNELS = 2048, 640
@@ -48,8 +48,11 @@ def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
         float8: whether the blocks of the convolutional levels compute in 8 bits.
     """
     unit = FLOAT8_UNIT if float8 else CHANNEL_UNIT
-    widths = [-(-channels // unit) * unit for channels in fused.config.channels]
     levels = cast("Sequence[Any]", fused.levels)
+    widths = [
+        channels if level.window_size is not None else -(-channels // unit) * unit
+        for level, channels in zip(levels, fused.config.channels, strict=True)
+    ]
     cast("Any", fused).patch_embed = KernelStem(fused.patch_embed, widths[0])
     for level, width, channels, following in zip(
         levels, widths, fused.config.channels, [*widths[1:], None], strict=False
@@ -78,13 +81,28 @@ class KernelStem(nn.Module):
         return stem(x, first.weight, first.bias, second.weight, second.bias, strides=strides)
 
 
+class KernelConv(nn.Module):
+    """The parameters of a folded 3x3 convolution with `width` channels in and out, the weight in aligned rows."""
+
+    def __init__(self, conv: nn.Conv2d, width: int) -> None:
+        super().__init__()
+        self.channels = width
+        wider = _padded(conv, width, width)
+        self.rows = nn.Parameter(aligned_rows(wider.weight.detach()), requires_grad=False)
+        self.bias = cast("Tensor", wider.bias)
+
+    @property
+    def weight(self) -> Tensor:
+        """(width, width, 3, 3)."""
+        return weight_of_rows(self.rows, self.channels)
+
+
 class KernelConvBlock(nn.Module):
     """`ConvBlock` in two kernels, on maps of `width` channels."""
 
     def __init__(self, folded: ConvBlock, width: int) -> None:
         super().__init__()
-        self.conv1 = _padded(folded.conv1, width, width)
-        self.conv2 = _padded(folded.conv2, width, width)
+        self.conv1, self.conv2 = KernelConv(folded.conv1, width), KernelConv(folded.conv2, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, width, H, W), the same out
         branch = conv3x3(x, self.conv1.weight, self.conv1.bias, activation="gelu_tanh")
@@ -235,7 +253,7 @@ class KernelAttention(nn.Module):
         self.num_heads = attention.num_heads
         width = attention.proj.in_features // self.num_heads
         self.scale = width**-0.5
-        self.width = -(-width // CHANNEL_UNIT) * CHANNEL_UNIT
+        self.width = -(-width // HEAD_UNIT) * HEAD_UNIT
         self.first, self.last = attention.qkv, attention.proj
         if self.width != width:
             self.first, self.last = self._pad_heads(width)

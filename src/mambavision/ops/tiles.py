@@ -23,7 +23,7 @@ class Tile(NamedTuple):
         inner: of the product's inner index, a step.
         warps: threads over 32.
         stages: steps whose loads are under way at once.
-        tails: columns of narrower tiles beside the first, two at most.
+        tail: columns of a second, narrower tile beside the first.
     """
 
     rows: int
@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     inner: int
     warps: int
     stages: int
-    tails: tuple[int, ...] = ()
+    tail: int = 0
 
 
 # For little work: the first that gives enough programs to keep a large GPU busy, else the last.

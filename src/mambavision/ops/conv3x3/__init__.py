@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops.activation import Activation
@@ -24,6 +25,20 @@ BACKENDS = (
 )
 
 
+ROW_UNIT = 128  # elements: no row of a weight starts within a line of a GPU's cache, in 8 bits or more
+
+
+def aligned_rows(weight: Tensor) -> Tensor:
+    """A weight (columns, channels, 3, 3) as rows (columns, taps x channels and zeros), from which GPUs load faster."""
+    rows = weight.permute(0, 2, 3, 1).flatten(1)
+    return F.pad(rows, (0, -rows.shape[1] % ROW_UNIT))
+
+
+def weight_of_rows(rows: Tensor, channels: int) -> Tensor:
+    """The weight (columns, channels, 3, 3) that `aligned_rows` made rows of, as a view."""
+    return rows[:, : 9 * channels].view(-1, 3, 3, channels).permute(0, 3, 1, 2)
+
+
 def conv3x3(
     x: Tensor,
     weight: Tensor,
@@ -37,8 +52,8 @@ def conv3x3(
     """act(conv(x) + bias) + residual with padding 1, for inference.
 
     Args:
-        x: map, (batch, channels, H, W); fastest channels-last, with a multiple of 8 channels.
-        weight: (columns, channels, 3, 3), of the type of x.
+        x: map, (batch, channels, H, W); fastest channels-last, with a multiple of 16 channels.
+        weight: (columns, channels, 3, 3), of the type of x; fastest as `weight_of_rows` gives it.
         bias: (columns,), or None.
         residual: (batch, columns, ceil(H / stride), ceil(W / stride)), added last, or None.
         stride: 1 or 2.
@@ -58,4 +73,4 @@ def conv3x3(
     return choice.backend.function(x, weight, bias, residual, stride, activation)
 
 
-__all__ = ["BACKENDS", "conv3x3"]
+__all__ = ["BACKENDS", "aligned_rows", "conv3x3", "weight_of_rows"]

@@ -64,8 +64,8 @@ def conv3x3_float8(
     """act(conv(x) scale + bias) + residual with padding 1, summed in float32, for inference.
 
     Args:
-        x: map, float8_e4m3fn, (batch, channels, H, W); fastest channels-last, with a multiple of 16 channels.
-        weight: float8_e4m3fn, (columns, channels, 3, 3).
+        x: map, float8_e4m3fn, (batch, channels, H, W); fastest channels-last, with a multiple of 32 channels.
+        weight: float8_e4m3fn, (columns, channels, 3, 3); fastest as `weight_of_rows` gives it.
         scale: (columns,), float32.
         bias: (columns,), float32.
         residual: (batch, columns, H, W), any floating type, added last, or None.

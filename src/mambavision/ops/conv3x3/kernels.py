@@ -10,7 +10,7 @@ from mambavision.ops.float8.kernels import rounded_to_float8
 @triton.jit
 def conv3x3_kernel(
     x,  # (batch, height, width, CHANNELS)
-    weight,  # (columns, 3, 3, CHANNELS)
+    weight,  # (columns, 3, 3, CHANNELS), a row of it WEIGHT_ROW elements behind the last
     scale,  # (columns,): what the product with 8-bit weights is multiplied by
     bias,  # (columns,)
     residual,  # (batch, out_height, out_width, columns)
@@ -27,11 +27,11 @@ def conv3x3_kernel(
     columns,  # likewise; also the stride from pixel to pixel of `out` and `residual`
     UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
+    WEIGHT_ROW: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TAIL: tl.constexpr,  # columns of a second, narrower tile, or 0: 80 channels are 64 and 16, without a rest
-    LAST: tl.constexpr,  # of a third: 200 channels are 128, 64 and 16, with a rest of 8
     BLOCK_K: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -39,7 +39,7 @@ def conv3x3_kernel(
     HAS_COPY: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """BLOCK_M output pixels by BLOCK_N + TAIL + LAST channels. Grid: (tiles of channels, tiles of pixels).
+    """BLOCK_M output pixels by BLOCK_N + TAIL channels. Grid: (tiles of channels, tiles of pixels).
 
     A product of matrices whose left one is never formed: its inner index runs over taps and channels, and its rows are
     gathered from the map on the way.
@@ -57,14 +57,14 @@ def conv3x3_kernel(
     top = tl.where(pixel < pixels, top, -4)  # past the end nothing is read
 
     k = tl.arange(0, BLOCK_K)
-    WIDTHS: tl.constexpr = (BLOCK_N, TAIL, LAST)
-    start_column = tl.program_id(0) * (BLOCK_N + TAIL + LAST)
+    WIDTHS: tl.constexpr = (BLOCK_N, TAIL)
+    start_column = tl.program_id(0) * (BLOCK_N + TAIL)
     columns_of, weights_at, sums = (), (), ()  # an entry a tile
-    for part in tl.static_range(3):
+    for part in tl.static_range(2):
         if WIDTHS[part] > 0:
             column = start_column + tl.arange(0, WIDTHS[part])
             columns_of = columns_of + (column,)
-            weights_at = weights_at + (weight + (column % columns)[None, :] * INNER + k[:, None],)
+            weights_at = weights_at + (weight + (column % columns)[None, :] * WEIGHT_ROW + k[:, None],)
             sums = sums + (tl.zeros([BLOCK_M, WIDTHS[part]], tl.float32),)
             start_column += WIDTHS[part]
     for start in range(0, INNER, BLOCK_K):

@@ -14,23 +14,32 @@ from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_til
 
 LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
 FINISH_PIXELS, FINISH_COLUMNS = 32, 128
-WIDE_FROM = 192  # channels from which cuDNN's is faster
+WIDE_FROM, FULL_FROM = 192, 0.77  # channels from which cuDNN's is faster, unless so much of our tiles is of use
 
 
-def candidates(pixels: int, columns: int, channels: int) -> list[Tile]:
+def fitting(columns: int) -> tuple[int, int]:
+    """Columns of the tile for so many columns, and of a second one beside it for a rest that is narrow."""
+    if columns < 128 and columns % 64 in (16, 32):
+        return 64, columns % 64
+    if 128 < columns < 256 and columns % 128 in (16, 32, 64):
+        return 128, columns % 128
+    return (128, 0) if 0 < columns % 256 <= 128 else (256, 0)
+
+
+def candidates(pixels: int, columns: int, channels: int, stride: int) -> list[Tile]:
     """The tiles worth trying, the likely best first."""
     if not is_large(pixels, columns):
         return [*small_tiles(pixels, columns), LIBRARY]
-    if columns < 128 and columns % 64 in (16, 32):  # a rest that is narrow gets a tile of its own
-        ours = [Tile(128, 64, 64, 4, 4, (columns % 64,)), Tile(128, 64, 128, 4, 3, (columns % 64,))]
-    elif columns < 256 and columns % 128 in (16, 32, 64):
-        ours = [Tile(128, 128, 64, 4, 3, (columns % 128,)), Tile(256, 128, 64, 8, 3, (columns % 128,))]
-    elif 0 < columns % 256 <= 128:
-        ours = [Tile(128, 128, 64, 4, 3), Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 4)]
+    width, tail = fitting(columns)
+    if width == 64:
+        ours = [Tile(128, 64, 64, 4, 4, tail), Tile(128, 64, 128, 4, 3, tail)]
+    elif width == 128:
+        ours = [Tile(128, 128, 64, 4, 3, tail), Tile(128, 128, 64, 8, 3, tail)]
     else:
-        ours = [Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4)]
-    # Neither do tiles fit a number of channels that 16 does not divide.
-    return [LIBRARY, *ours] if channels >= WIDE_FROM or columns % 16 else [*ours, LIBRARY]
+        ours = [Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3)]
+    tiles = width + tail
+    wasteful = columns < FULL_FROM * tiles * -(-columns // tiles)
+    return [LIBRARY, *ours] if channels >= WIDE_FROM and (stride > 1 or tail or wasteful) else [*ours, LIBRARY]
 
 
 @triton_op("mambavision::conv3x3", mutates_args=())
@@ -61,30 +70,22 @@ def launch(
 
     def run(tile: Tile) -> Tensor:
         if tile == LIBRARY:
-            return _finished(F.conv2d(x, weight, None, stride, 1), bias, residual, activation)
+            dense = weight.contiguous(memory_format=torch.channels_last)
+            return _finished(F.conv2d(x, dense, None, stride, 1), bias, residual, activation)
         out = _empty(shape, x.dtype, x.device)
         _launch_kernel(tile, x, weight, None, bias, residual, out, None, stride, activation)
         return out
 
     key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, x.device)
-    return run(tile or choose(key, candidates(pixels, columns, channels), run))
+    return run(tile or choose(key, candidates(pixels, columns, channels, stride), run))
 
 
 def float8_candidates(pixels: int, columns: int) -> list[Tile]:
     """The tiles worth trying for 8-bit numbers, the likely best first."""
     if not is_large(pixels, columns):
         return small_tiles(pixels, columns)
-    programs = -(-columns // 256)
-    rest = -(-columns // (16 * programs)) * 16  # columns a program, as up to three tiles
-    widths: list[int] = []
-    for width in (256, 128, 64, 32, 16):
-        if rest >= width and len(widths) < 3:
-            widths.append(width)
-            rest -= width
-    if rest:
-        widths[-1] *= 2
-    first, *tails = widths
-    return [Tile(128, first, 128, 8, 3, tuple(tails)), Tile(128, first, 64, 8, 4, tuple(tails))]
+    width, tail = fitting(columns)
+    return [Tile(128, width, 128, 8, 3, tail), Tile(128, width, 128, 8, 4, tail)]
 
 
 @triton_op("mambavision::conv3x3_float8", mutates_args=())
@@ -145,13 +146,12 @@ def _launch_kernel(
     _, columns, out_height, out_width = out.shape
     strides = (x.stride(0), x.stride(2), x.stride(3), columns)
     unit = common_unit(*strides)
-    tails = (*tile.tails, 0, 0)
-    grid = (triton.cdiv(columns, tile.columns + sum(tails)), triton.cdiv(batch * out_height * out_width, tile.rows))
+    grid = (triton.cdiv(columns, tile.columns + tile.tail), triton.cdiv(batch * out_height * out_width, tile.rows))
     launcher(conv3x3_kernel)[grid](
         x, weight, scale, bias, residual, out, copy,
         batch, height, width, out_height, out_width, *(step // unit for step in strides),
-        UNIT=unit, CHANNELS=channels, STRIDE=stride,
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, TAIL=tails[0], LAST=tails[1], BLOCK_K=tile.inner,
+        UNIT=unit, CHANNELS=channels, WEIGHT_ROW=weight.stride(0), STRIDE=stride,
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, TAIL=tile.tail, BLOCK_K=tile.inner,
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_COPY=copy is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -166,12 +166,15 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def _laid_out(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands as the kernel reads them: channels side by side, and what is no map of x without gaps."""
+    """The operands as the kernel reads them: channels side by side, and a residual without gaps."""
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    return x, weight.contiguous(memory_format=torch.channels_last), residual
+    channels = weight.shape[1]
+    if weight.stride()[1:] != (1, 3 * channels, channels):  # between its rows there may be gaps
+        weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    return x, weight, residual
 
 
 def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
