@@ -1,20 +1,21 @@
-"""What only a GPU shows of training: CUDA graphs under gradient accumulation, half precision without NaN."""
+"""What only a GPU shows of training: CUDA graphs under accumulation and MESA, half precision without NaN."""
 
 import pytest
 import torch
 
 from mambavision import create_model
 from mambavision.data.config import AugmentConfig
-from mambavision.engine.config import OptimConfig, RuntimeConfig, TrainConfig
+from mambavision.engine.config import LossConfig, OptimConfig, RuntimeConfig, TrainConfig
 from mambavision.engine.step import TrainingStep
 
 pytestmark = pytest.mark.gpu
 CLASSES = [f"class {number}" for number in range(10)]
 
 
-def train(steps, *, precision="float32", compile=False, mode="default", accumulate=1):
+def train(steps, *, precision="float32", compile=False, mode="default", accumulate=1, mesa=0.0):
     config = TrainConfig(
         augment=AugmentConfig(crop="pad"),
+        loss=LossConfig(mesa_weight=mesa),  # from a quarter of the training on
         optim=OptimConfig(lr=1e-3, ema=0.9, clip_grad=1.0),
         runtime=RuntimeConfig(
             device="cuda", precision=precision, channels_last=True, compile=compile, compile_mode=mode, log_every=steps
@@ -42,10 +43,10 @@ def train(steps, *, precision="float32", compile=False, mode="default", accumula
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-@pytest.mark.parametrize("accumulate", [1, 3])
-def test_compiled_training_follows_eager_training(mode, accumulate):
-    expected = train(8, accumulate=accumulate)
-    losses = train(8, compile=True, mode=mode, accumulate=accumulate)
+@pytest.mark.parametrize(("accumulate", "mesa"), [(1, 0.0), (3, 0.0), (2, 1.0)])
+def test_compiled_training_follows_eager_training(mode, accumulate, mesa):
+    expected = train(8, accumulate=accumulate, mesa=mesa)
+    losses = train(8, compile=True, mode=mode, accumulate=accumulate, mesa=mesa)
     assert losses == pytest.approx(expected, rel=2e-3)
 
 
