@@ -115,6 +115,12 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("top1", "top-1 %", ".2f"),
         Column("logit_error", "relative error of the logits", ".1e"),
     ),
+    "float8_error": (
+        Column("model", "model"),
+        Column("dtype", "convolutions of the first levels"),
+        Column("top1", "top-1 %", ".2f"),
+        Column("logit_error", "relative error of the logits", ".1e"),
+    ),
     "first_result": (
         Column("model", "model"),
         Column("batch_1_s", "first result, batch 1 / s", ".1f"),
@@ -128,6 +134,12 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("milliseconds", "ms a step", ".1f"),
         Column("peak_gib", "peak / GiB", ".2f"),
         Column("relative_to_convnext_tiny", "relative to compiled convnext_tiny", ".2f"),
+    ),
+    "precision": (
+        Column("precision", "autocast"),
+        Column("scan", "scan"),
+        Column("mean", "top-1 %", ".2f"),
+        Column("difference", "difference from the first", "+.2f"),
     ),
     "scan": (
         Column("batch", "sequences"),

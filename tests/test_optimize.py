@@ -160,7 +160,7 @@ def test_a_trained_model_is_as_exact_as_pytorch_in_the_same_type(dtype):
         expected = model(images)
         error = difference(network(images), expected)
         assert error < difference(plain(images.to(dtype)), expected)
-        assert error < 2 * ERRORS[dtype]
+        assert error < 1.2 * ERRORS[dtype]  # below ERRORS on CIFAR's pictures: benchmarks/gpu_accuracy.py
 
 
 @pytest.mark.gpu
