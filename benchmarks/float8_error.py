@@ -2,9 +2,9 @@
 
     python benchmarks/float8_error.py data/cifar10/val.npz
 
-Computes what `optimize(model, dtype=torch.float8_e4m3fn)` does on a GPU by the references of its operations, and so runs
-anywhere; no time is measured. The file is the one that `benchmarks/get_cifar10.py` writes. The large networks have
-random weights and see random pictures.
+Computes what `optimize(model, dtype=torch.float8_e4m3fn)` does on a GPU by the references of its operations, and so
+runs anywhere; no time is measured. The file is the one that `benchmarks/get_cifar10.py` writes. The large networks
+have random weights and see random pictures.
 """
 
 from __future__ import annotations
