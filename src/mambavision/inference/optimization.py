@@ -61,7 +61,7 @@ def optimize(
     if float8:
         fault = refuse_float8_kernels(Situation(device.type, torch.float8_e4m3fn))
         if fault is not None:
-            raise ValueError(f"optimize cannot compute in float8 here: {fault}. Choose another dtype.")
+            raise ValueError(f"optimize cannot compute in float8 here: {fault}. Choose another type.")
         dtype = torch.bfloat16
     if device.type == "cpu":
         dtype = dtype or torch.float32

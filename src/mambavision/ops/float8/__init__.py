@@ -14,7 +14,7 @@ OLDEST_CAPABILITY = (8, 9)  # of a GPU that multiplies such numbers
 def refuse_float8_kernels(situation: Situation) -> str | None:
     """Why the kernels that multiply 8-bit numbers cannot run, or None."""
     if situation.device_type != "cuda":
-        return f"{situation.device_type} is no GPU that Triton compiles for here"
+        return f"{situation.device_type} is no CUDA GPU"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
         return f"a GPU of compute capability {capability[0]}.{capability[1]} multiplies no 8-bit numbers"
