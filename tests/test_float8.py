@@ -1,5 +1,8 @@
 """8-bit numbers: rounding, the convolution against float64, and the network that uses them."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from mambavision.inference.fuse import fuse
 from mambavision.inference.optimization import finished
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
 from mambavision.ops.float8 import scaled_to_float8, to_float8
+from mambavision.ops.tiles import that_fit
 from test_optimize import difference, photographs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,11 +48,16 @@ def nearest(values):
 
 def test_rounding_takes_the_nearest_number_and_cuts_what_is_too_large():
     values = torch.cat(
-        [torch.randn(500) * 10.0 ** torch.randint(-3, 3, (500,)), torch.tensor([448.0, 460.0, 1e9, -1e9])]
+        [torch.randn(500) * 10.0 ** torch.randint(-3, 3, (500,)), torch.tensor([448.0, 460.0, 1e9, -1e9, 0.0])]
     )
     expected = nearest(values)
-    assert torch.equal(to_float8(values).double(), expected)
-    assert torch.equal(to_float8(values.to(DEVICE)).double().cpu(), expected)
+    assert torch.equal(to_float8(values, backend="reference").double(), expected)
+    found = triton_op("float8").to_float8(values.to(DEVICE)).cpu()
+    exact = (expected == values) | (DEVICE == "cuda")  # what needs no rounding: the interpreter's is not a GPU's
+    assert exact.sum() > 1
+    assert torch.equal(found.double()[exact], expected[exact])
+    if DEVICE == "cuda":  # of NaN the interpreter makes a number
+        assert triton_op("float8").to_float8(torch.full((3,), float("nan"), device=DEVICE)).float().isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -152,6 +161,14 @@ def test_numbers_of_8_bits_stay_what_they_are_when_the_rest_is_cast():
     assert all(after[key].dtype == tensor.dtype and torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
+def test_copies_compute_the_same():
+    network = of_float8(create_model("mamba_vision_test_tiny").eval())
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for twin in (copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+            assert torch.equal(twin(images), network(images))
+
+
 def test_a_gradient_is_not_lost_in_silence():
     network = of_float8(create_model("mamba_vision_test_tiny").eval())
     with pytest.raises(RuntimeError, match="float8 has no gradients"):
@@ -175,7 +192,7 @@ def test_logits_stay_close_on_a_gpu(name, batch, bound):
     network = optimize(model, dtype=torch.float8_e4m3fn)
     images = deterministic_images(batch, *model.config.preprocessing.img_size).cuda()
     with torch.no_grad():
-        assert difference(network(images), model(images)) < bound
+        assert 6e-3 < difference(network(images), model(images)) < bound  # above what bfloat16 alone would give
 
 
 @pytest.mark.gpu
@@ -188,9 +205,12 @@ def test_the_tiles_of_the_networks(channels, side):
         torch.randn(16, channels, side, side, device="cuda").bfloat16(),
     )
     expected, _ = conv3x3_float8_reference(x, weight, scale, bias, residual, "none")
-    found, rounded = triton_op("conv3x3").conv3x3_float8_add(x, weight, scale, bias, residual, "none")
-    assert difference(found, expected) < 3e-3
-    assert difference(rounded, expected) < 4e-2
+    op = triton_op("conv3x3")
+    for tile in that_fit(op.float8_candidates(16 * side**2, channels), 1, x.device):
+        found, rounded = torch.empty_like(residual, memory_format=LAST), torch.empty_like(x)
+        op.launch_float8(x, weight, scale, bias, residual, found, rounded, "none", tile)
+        assert difference(found, expected) < 3e-3
+        assert difference(rounded, expected) < 4e-2
 
 
 @pytest.mark.gpu

@@ -18,7 +18,15 @@ from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402  (Trit
 from mambavision.ops.layer_norm import triton_op as layer_norm_op  # noqa: E402
 from mambavision.ops.linear import triton_op as linear_op  # noqa: E402
 from mambavision.ops.stem import triton_op as stem_op  # noqa: E402
-from mambavision.ops.tiles import Tile, choose, is_large, measuring, small_tiles  # noqa: E402
+from mambavision.ops.tiles import (  # noqa: E402
+    Tile,
+    choose,
+    footprint,
+    is_large,
+    measuring,
+    small_tiles,
+    that_fit,
+)
 from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -119,17 +127,54 @@ def test_conv3x3_tiles(tile, poisoned):
     weight, residual = random(80, 32, 3, 3, dtype=dtype, scale=0.1), random(2, 80, 6, 5, dtype=dtype)
     truth = conv3x3(*wide(x, weight), residual=residual.double(), activation="gelu_tanh")
     usual = conv3x3(x, weight, residual=residual, activation="gelu_tanh", backend="reference")
-    for laid_out in (weight, weight_of_rows(aligned_rows(weight), 32)):
+    for laid_out in (weight, weight_of_rows(aligned_rows(weight, weight.element_size()), 32)):
         check(conv3x3_op.launch(x, laid_out, None, residual, 1, "gelu_tanh", tile), usual, truth)
     gaps = torch.full((80, 320), float("nan"), dtype=dtype, device=DEVICE)  # what lies between the rows is not read
-    gaps[:, : 9 * 32] = aligned_rows(weight)[:, : 9 * 32]
+    gaps[:, : 9 * 32] = aligned_rows(weight, 2)[:, : 9 * 32]
     check(conv3x3_op.launch(x, weight_of_rows(gaps, 32), None, residual, 1, "gelu_tanh", tile), usual, truth)
+
+
+def test_every_column_is_computed_by_a_tile_that_fits():
+    for columns in (16, 32, 48, 64, 80, 96, 128, 160, 192, 208, 224, 256, 400, 416, 512):
+        for tiles in (conv3x3_op.candidates(10**6, columns, columns, 1), conv3x3_op.float8_candidates(10**6, columns)):
+            for tile in tiles:
+                if tile != conv3x3_op.LIBRARY:
+                    assert tile.columns in (64, 128, 256)
+                    assert tile.tail in (0, 16, 32, 64)
+        width = sum(conv3x3_op.fitting(columns))
+        assert -(-columns // width) * width - columns <= 112  # computed for nothing
+
+
+@pytest.mark.parametrize(
+    ("columns", "stride", "first"),
+    [
+        (80, 1, Tile(128, 64, 64, 4, 4, 16)),
+        (128, 1, Tile(128, 128, 64, 4, 3)),
+        (160, 1, Tile(128, 128, 64, 4, 3, 32)),
+        (192, 1, conv3x3_op.LIBRARY),
+        (208, 1, Tile(128, 256, 64, 8, 4)),
+        (208, 2, conv3x3_op.LIBRARY),
+        (400, 1, Tile(128, 256, 64, 8, 4)),
+    ],
+)
+def test_the_networks_widths_get_the_tiles_that_were_measured(columns, stride, first):
+    assert conv3x3_op.candidates(10**6, columns, columns, stride)[0] == first
+
+
+def test_tiles_that_a_gpu_has_no_room_for_are_left_out(monkeypatch):
+    tiles = [Tile(128, 256, 64, 8, 4), Tile(128, 128, 64, 4, 3), Tile(128, 64, 64, 4, 4)]
+    monkeypatch.setattr("mambavision.ops.tiles._shared_memory", lambda index: {0: 101_376, 1: 232_448, 2: 1}[index])
+    assert that_fit(tiles, 2, torch.device("cuda:0")) == tiles[1:]
+    assert that_fit(tiles, 2, torch.device("cuda:1")) == tiles
+    assert that_fit(tiles, 2, torch.device("cuda:2")) == tiles[-1:]
+    assert that_fit(tiles, 2, torch.device("cpu")) == tiles
+    assert footprint(conv3x3_op.LIBRARY, 2) == 0
 
 
 def test_aligned_rows_hold_the_weight():
     weight = random(6, 5, 3, 3, dtype=torch.float32)
-    rows = aligned_rows(weight)
-    assert rows.shape == (6, 128)
+    rows = aligned_rows(weight, 2)
+    assert rows.shape == (6, 64)
     assert rows[:, 45:].count_nonzero() == 0
     assert torch.equal(weight_of_rows(rows, 5), weight)
 
@@ -258,7 +303,7 @@ def test_linear_at_the_sizes_of_the_networks(dtype, rows, inner, columns, poison
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("channels", "columns", "side", "stride"),
-    [(80, 80, 56, 1), (160, 160, 28, 1), (80, 160, 56, 2), (200, 392, 28, 2), (208, 208, 56, 1)],
+    [(80, 80, 56, 1), (160, 160, 28, 1), (80, 160, 56, 2), (208, 400, 28, 2), (208, 208, 56, 1)],
 )
 def test_conv3x3_at_the_sizes_of_the_networks(channels, columns, side, stride, poisoned):
     dtype = torch.bfloat16

@@ -54,6 +54,17 @@ def test_a_batch_that_does_not_fit_is_one_sentence(capsys, monkeypatch):
     assert "does not fit" in captured.err
 
 
+def test_what_does_not_run_here_leaves_the_rest(capsys):
+    arguments = ["benchmark", TINY, "--way", "optimized-float8", "eager", *QUICK, "--format=json"]
+    assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert [row["way"] for row in json.loads(captured.out)["rows"]] == ["eager"]
+    assert "cannot compute in float8 here: cpu is no CUDA GPU" in captured.err
+    assert main([*arguments[:3], "optimized-float8", *QUICK]) == 2  # nothing is left
+    with pytest.raises(ValueError, match="choose that type, not float32"):
+        prepare(TINY, way="optimized-float8", dtype="float32", device=CPU)
+
+
 def test_the_search_ends_where_doubling_brings_little_or_memory_ends(monkeypatch):
     def speeds(**by_batch):
         def fake(subject, batch_size, *, seconds):

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mambavision.inference.preprocess import build_transform
 from test_fuse import outputs, trained
 
 TINY = "mamba_vision_test_tiny"
-# Channels and heads that must be padded: 12 is no multiple of 8, and neither are heads of 12.
+# Channels and heads that must be padded: 12 and 24 are no multiples of 16, and heads of 12 none of 8.
 PADDED = {"dim": 12, "num_heads": (1, 1, 4, 8)}
 
 
@@ -51,6 +52,33 @@ def test_the_kernels_network_computes_the_same(arguments, amount):
     for actual, expected in zip(outputs(with_kernels(model), images), outputs(model, images), strict=True):
         assert actual.shape == expected.shape
         assert difference(actual, expected) < 2e-5  # GELU in its tanh form included
+
+
+@pytest.mark.parametrize("float8", [False, True])
+def test_a_pruned_network_can_be_optimised(float8):
+    model = trained().eval()
+    model.prune_intermediate_layers([1])
+    fused = fuse(model)
+    gpu.use_kernels(fused, float8=float8)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        found = finished(fused, dtype=torch.float32, tune=False).forward_features(images)
+        assert difference(found, model.forward_features(images)) < (6e-2 if float8 else 2e-5)
+
+
+@pytest.mark.parametrize(("shape", "gradient", "first"), [
+    ((1, 8, 49, 40), False, "EFFICIENT_ATTENTION"),
+    ((128, 8, 196, 40), False, "CUDNN_ATTENTION"),
+    ((1, 8, 196, 40), False, None),  # PyTorch's own order
+    ((128, 8, 196, 40), True, "FLASH_ATTENTION"),
+])  # fmt: skip
+def test_attention_takes_the_fastest_backend(monkeypatch, shape, gradient, first):
+    chosen = []
+    monkeypatch.setattr(gpu, "sdpa_kernel", lambda order, **_: chosen.append([backend.name for backend in order]))
+    query = SimpleNamespace(shape=shape, is_cuda=True, requires_grad=gradient)
+    gpu._fastest_attention(query)
+    assert [order[0] for order in chosen] == ([] if first is None else [first])
+    assert not gradient or "CUDNN_ATTENTION" not in chosen[0]  # whose backward gives NaN
 
 
 def test_types_at_the_border_are_those_of_the_pictures():

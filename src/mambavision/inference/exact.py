@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class CastWithExact(nn.Module):
-    """A module whose buffers named in `exact` stay in their type when the rest is cast to half precision."""
+    """A module whose buffers named in `exact` stay in their type when the rest is cast."""
 
     exact: tuple[str, ...] = ()
 

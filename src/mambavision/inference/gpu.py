@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mambavision.inference.exact import CastWithExact
 from mambavision.inference.float8 import Float8ConvBlocks
 from mambavision.inference.fuse import FusedMixer
-from mambavision.layers.attention import Attention
+from mambavision.layers.attention import SHORT_LENGTH, TRAINING_BACKENDS, Attention
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import TokenBlock
@@ -35,23 +35,21 @@ HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a h
 # Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
 # with kernels for what surrounds it.
 FEW_ROWS, FEW_CHANNELS = 2048, 640
-# Tokens of a window up to which the memory-efficient attention is faster than flash attention, by up to a half, and
-# windows from which cuDNN's is, by a sixth to a third.
-SHORT_LENGTH, MANY_WINDOWS = 64, 16
+MANY_WINDOWS = 16  # from which cuDNN's attention beats flash attention; it takes long when it is first called
 
 
 def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
     """Replace the parts of `fused`, which `fuse` has made, by parts that use the kernels.
 
     Args:
-        fused: the folded network, in float32.
+        fused: the folded network, not yet in half precision.
         float8: whether the blocks of the convolutional levels compute in 8 bits.
     """
     unit = FLOAT8_UNIT if float8 else CHANNEL_UNIT
     levels = cast("Sequence[Any]", fused.levels)
     widths = [
         channels if level.window_size is not None else -(-channels // unit) * unit
-        for level, channels in zip(levels, fused.config.channels, strict=True)
+        for level, channels in zip(levels, fused.config.channels, strict=False)  # levels may have been pruned
     ]
     cast("Any", fused).patch_embed = KernelStem(fused.patch_embed, widths[0])
     for level, width, channels, following in zip(
@@ -88,7 +86,7 @@ class KernelConv(nn.Module):
         super().__init__()
         self.channels = width
         wider = _padded(conv, width, width)
-        self.rows = nn.Parameter(aligned_rows(wider.weight.detach()), requires_grad=False)
+        self.rows = nn.Parameter(aligned_rows(wider.weight.detach(), bytes_each=2), requires_grad=False)
         self.bias = cast("Tensor", wider.bias)
 
     @property
@@ -287,10 +285,10 @@ def _fastest_attention(q: Tensor) -> AbstractContextManager[None]:
     """PyTorch's backends in the order of their speed for queries (windows, heads, length, width), as measured."""
     windows, _, length, _ = q.shape
     if not q.is_cuda or (torch.is_grad_enabled() and q.requires_grad):
-        return nullcontext()  # `layers.attention` says which backward must be kept from
+        return sdpa_kernel(TRAINING_BACKENDS) if q.is_cuda else nullcontext()
     if length <= SHORT_LENGTH:
         order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    elif windows >= MANY_WINDOWS:  # takes a second when it is first called
+    elif windows >= MANY_WINDOWS:
         order = [
             SDPBackend.CUDNN_ATTENTION,
             SDPBackend.FLASH_ATTENTION,

@@ -59,7 +59,8 @@ def optimize(
     device = next(fused.parameters()).device
     float8 = dtype == torch.float8_e4m3fn
     if float8:
-        fault = refuse_float8_kernels(Situation(device.type, torch.float8_e4m3fn))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            fault = refuse_float8_kernels(Situation(device.type, torch.float8_e4m3fn))
         if fault is not None:
             raise ValueError(f"optimize cannot compute in float8 here: {fault}. Choose another type.")
         dtype = torch.bfloat16

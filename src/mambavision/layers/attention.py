@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # All but cuDNN's, whose backward gives NaN at some lengths, 64 among them (PyTorch issue 196678).
-_TRAINING_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_SHORT_LENGTH = 64  # tokens up to which flash attention takes up to three times as long as the memory-efficient one
+TRAINING_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+SHORT_LENGTH = 64  # tokens up to which memory-efficient attention beats flash attention, whose tiles are larger
 _SHORT_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -37,7 +37,9 @@ class Attention(nn.Module):
         qkv = self.qkv(x).reshape(windows, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, length, head_dim) each
         if self.fused_attn:
-            backends = _SHORT_BACKENDS if length <= _SHORT_LENGTH else _TRAINING_BACKENDS
+            # In half precision the memory-efficient one takes only heads whose width is a multiple of 8.
+            short = length <= SHORT_LENGTH and q.shape[-1] % 8 == 0
+            backends = _SHORT_BACKENDS if short else TRAINING_BACKENDS
             with sdpa_kernel(backends) if x.is_cuda and torch.is_grad_enabled() else nullcontext():
                 x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -49,6 +50,30 @@ def small_tiles(rows: int, columns: int) -> list[Tile]:
 def common_unit(*lengths: int) -> int:
     """The largest of 16, 8, 4, 2, 1 that divides all: strides in such units tell a compiler what it may load."""
     return next(unit for unit in (16, 8, 4, 2, 1) if all(length % unit == 0 for length in lengths))
+
+
+def that_fit(tiles: Sequence[Tile], bytes_each: int, device: torch.device) -> list[Tile]:
+    """Those of `tiles` whose operands, of so many bytes an element, the shared memory of `device` holds; or the last.
+
+    GPUs for games have 99 KiB a block, those for servers 163 or 227.
+    """
+    if device.type != "cuda":
+        return list(tiles)
+    room = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+    return [tile for tile in tiles if footprint(tile, bytes_each) <= room] or [tiles[-1]]
+
+
+@cache
+def _shared_memory(index: int) -> int:
+    """Bytes that one program can have on a GPU, as Triton's launcher asks for them."""
+    from triton.runtime import driver
+
+    return int(driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+def footprint(tile: Tile, bytes_each: int) -> int:
+    """Bytes of shared memory that the operands under way take at most."""
+    return tile.stages * (tile.rows + tile.columns + tile.tail) * tile.inner * bytes_each
 
 
 def is_large(rows: int, columns: int) -> bool:

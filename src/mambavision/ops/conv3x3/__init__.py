@@ -25,13 +25,16 @@ BACKENDS = (
 )
 
 
-ROW_UNIT = 128  # elements: no row of a weight starts within a line of a GPU's cache, in 8 bits or more
+LINE = 128  # bytes of a line of a GPU's cache
 
 
-def aligned_rows(weight: Tensor) -> Tensor:
-    """A weight (columns, channels, 3, 3) as rows (columns, taps x channels and zeros), from which GPUs load faster."""
+def aligned_rows(weight: Tensor, bytes_each: int) -> Tensor:
+    """A weight (columns, channels, 3, 3) as rows (columns, taps x channels and zeros).
+
+    Each row starts with a line of the cache in a type of so many bytes: from there a GPU loads no line twice.
+    """
     rows = weight.permute(0, 2, 3, 1).flatten(1)
-    return F.pad(rows, (0, -rows.shape[1] % ROW_UNIT))
+    return F.pad(rows, (0, -rows.shape[1] % (LINE // bytes_each)))
 
 
 def weight_of_rows(rows: Tensor, channels: int) -> Tensor:

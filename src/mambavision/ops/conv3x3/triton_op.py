@@ -10,7 +10,7 @@ from torch.library import triton_op
 
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
 from mambavision.ops.launch import launcher
-from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles
+from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
 FINISH_PIXELS, FINISH_COLUMNS = 32, 128
@@ -19,6 +19,8 @@ WIDE_FROM, FULL_FROM = 192, 0.77  # channels from which cuDNN's is faster, unles
 
 def fitting(columns: int) -> tuple[int, int]:
     """Columns of the tile for so many columns, and of a second one beside it for a rest that is narrow."""
+    if columns <= 64:
+        return 64, 0
     if columns < 128 and columns % 64 in (16, 32):
         return 64, columns % 64
     if 128 < columns < 256 and columns % 128 in (16, 32, 64):
@@ -77,7 +79,8 @@ def launch(
         return out
 
     key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, x.device)
-    return run(tile or choose(key, candidates(pixels, columns, channels, stride), run))
+    tiles = that_fit(candidates(pixels, columns, channels, stride), x.element_size(), x.device)
+    return run(tile or choose(key, tiles, run))
 
 
 def float8_candidates(pixels: int, columns: int) -> list[Tile]:
@@ -85,14 +88,14 @@ def float8_candidates(pixels: int, columns: int) -> list[Tile]:
     if not is_large(pixels, columns):
         return small_tiles(pixels, columns)
     width, tail = fitting(columns)
-    return [Tile(128, width, 128, 8, 3, tail), Tile(128, width, 128, 8, 4, tail)]
+    return [Tile(128, width, 128, 8, 3, tail), Tile(128, width, 128, 8, 4, tail), Tile(128, 128, 128, 8, 3)]
 
 
 @triton_op("mambavision::conv3x3_float8", mutates_args=())
 def conv3x3_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Like `conv3x3`, of 8-bit numbers and to such."""
     out = _empty(_same_size(x, weight), x.dtype, x.device)
-    _launch_float8(x, weight, scale, bias, None, out, None, activation)
+    launch_float8(x, weight, scale, bias, None, out, None, activation)
     return out
 
 
@@ -103,11 +106,11 @@ def conv3x3_float8_add(
     """The sum in the type of the residual, and in 8 bits."""
     shape = _same_size(x, weight)
     out, copy = _empty(shape, residual.dtype, x.device), _empty(shape, x.dtype, x.device)
-    _launch_float8(x, weight, scale, bias, residual, out, copy, activation)
+    launch_float8(x, weight, scale, bias, residual, out, copy, activation)
     return out, copy
 
 
-def _launch_float8(
+def launch_float8(
     x: Tensor,
     weight: Tensor,
     scale: Tensor,
@@ -116,7 +119,9 @@ def _launch_float8(
     out: Tensor,
     copy: Tensor | None,
     activation: str,
+    tile: Tile | None = None,
 ) -> None:
+    """Fill `out`, and `copy` where it is given, with a tile chosen for the shape or given."""
     if out.numel() == 0:
         return
     x, weight, residual = _laid_out(x, weight, residual)
@@ -126,8 +131,8 @@ def _launch_float8(
     def run(tile: Tile) -> None:
         _launch_kernel(tile, x, weight, scale, bias, residual, out, copy, 1, activation)
 
-    key = ("conv3x3_float8", pixels, columns, x.shape[1], activation, residual is None, x.device)
-    run(choose(key, float8_candidates(pixels, columns), run))
+    key = ("conv3x3_float8", pixels, columns, x.shape[1], out.dtype, activation, residual is None, x.device)
+    run(tile or choose(key, that_fit(float8_candidates(pixels, columns), 1, x.device), run))
 
 
 def _launch_kernel(

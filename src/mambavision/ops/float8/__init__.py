@@ -15,6 +15,8 @@ def refuse_float8_kernels(situation: Situation) -> str | None:
     """Why the kernels that multiply 8-bit numbers cannot run, or None."""
     if situation.device_type != "cuda":
         return f"{situation.device_type} is no CUDA GPU"
+    if torch.version.hip is not None:
+        return "AMD's GPUs have another type of 8 bits"
     capability = torch.cuda.get_device_capability()
     if capability < OLDEST_CAPABILITY:
         return f"a GPU of compute capability {capability[0]}.{capability[1]} multiplies no 8-bit numbers"

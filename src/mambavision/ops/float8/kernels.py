@@ -6,8 +6,8 @@ import triton.language as tl
 
 @triton.jit
 def rounded_to_float8(v):
-    """v, float32, as float8_e4m3fn; what is larger than 448 is cut."""
-    return tl.minimum(tl.maximum(v, -448.0), 448.0).to(tl.float8e4nv)
+    """v, float32, as float8_e4m3fn; what is larger than 448 is cut, NaN stays."""
+    return tl.where(v == v, tl.minimum(tl.maximum(v, -448.0), 448.0), v).to(tl.float8e4nv)
 
 
 @triton.jit

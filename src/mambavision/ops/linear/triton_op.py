@@ -9,7 +9,7 @@ from torch.library import triton_op
 
 from mambavision.ops.launch import launcher
 from mambavision.ops.linear.kernels import linear_kernel
-from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles
+from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 GROUP = 8
 
@@ -68,7 +68,7 @@ def launch(
         )  # fmt: skip
 
     key = ("linear", rows, columns, inner, x.dtype, activation, weight_sum is None, residual is None, x.device)
-    run(tile or choose(key, candidates(rows, columns), run))
+    run(tile or choose(key, that_fit(candidates(rows, columns), x.element_size(), x.device), run))
 
 
 def _rows(tensor: Tensor) -> Tensor:
