@@ -77,14 +77,14 @@ def main(argv: Sequence[str]) -> int:
         messages.print(f"{name}: {value}")
     measured: list[Measurement] = []
     problems: list[str] = []
-    refusals: list[ValueError] = []
+    refusals: list[tuple[str, ValueError]] = []
     for model in options.models:
         for way in options.way:
             for dtype in ("bfloat16",) if way == FLOAT8 else options.dtype:
                 try:
                     subject = prepare(model, way=way, dtype=dtype, device=device, img_size=options.img_size)
                 except ValueError as error:
-                    refusals.append(error)
+                    refusals.append((f"{model}, {way}", error))
                     continue
                 size = f"{subject.parameters / 1e6:.1f} M parameters, {subject.macs / 1e9:.2f} GMACs"
                 messages.print(f"{model}, {way}, {dtype}: {size}")
@@ -92,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
                 measured += found
                 problems += failures
     if refusals and not measured and not problems:
-        raise UsageError(str(refusals[0])) from refusals[0]
-    problems += map(str, refusals)
+        raise UsageError(str(refusals[0][1])) from refusals[0][1]
+    problems += [f"{what}: {error}" for what, error in refusals]
     for problem in problems:
         messages.print(problem)
     if measured:
