@@ -164,13 +164,13 @@ def test_parts_add_up_and_the_slow_one_comes_first(monkeypatch):
     forward = MambaVisionMixer.forward
 
     def slow(self, x):
-        time.sleep(0.02)
+        time.sleep(0.1)  # longer than a busy machine holds up anything else
         return forward(self, x)
 
     monkeypatch.setattr(MambaVisionMixer, "forward", slow)
     parts = profile_parts(model, torch.randn(1, 3, 32, 32), passes=3)
     assert parts[0].name == "scan mixers"
-    assert parts[0].milliseconds >= 40
+    assert parts[0].milliseconds >= 200
     assert parts[0].calls == 2
     assert {part.name for part in parts} >= {"stem", "attention", "MLPs", REST}
     assert sum(part.share for part in parts) == pytest.approx(1)
