@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from mambavision.inference.exact import CastWithExact
 from mambavision.inference.float8 import Float8ConvBlocks
 from mambavision.inference.fuse import FusedMixer
-from mambavision.layers.attention import SHORT_LENGTH, TRAINING_BACKENDS, Attention
+from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import TokenBlock
@@ -29,6 +29,7 @@ from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
+from mambavision.ops.window_attention import SHORT_LENGTH, TRAINING_BACKENDS
 
 CHANNEL_UNIT, FLOAT8_UNIT = 16, 32  # 32 bytes, what a GPU reads of its memory at once, in 16 and in 8 bits
 HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a head

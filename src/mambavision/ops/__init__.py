@@ -1,5 +1,6 @@
 """Computations that have more than one implementation; each op is a folder with one signature for all of them."""
 
 from mambavision.ops.selective_scan import selective_scan, selective_scan_
+from mambavision.ops.window_attention import window_attention
 
-__all__ = ["selective_scan", "selective_scan_"]
+__all__ = ["selective_scan", "selective_scan_", "window_attention"]

@@ -18,8 +18,10 @@ class Situation(NamedTuple):
 
     device_type: str
     dtype: torch.dtype
-    length: int = 0  # tokens of a scanned sequence
+    length: int = 0  # tokens of a sequence or window
     state: int = 0  # states of a scanned channel
+    width: int = 0  # channels of a head
+    dropout: bool = False  # whether weights of an attention are dropped
     differentiated: bool = False  # whether gradients are asked for
 
 

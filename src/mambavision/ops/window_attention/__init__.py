@@ -1,0 +1,66 @@
+"""Multi-head attention of the tokens of each window to each other, from the joint projection of q, k and v."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mambavision.ops.backend import Backend, Situation, select, triton_fault
+from mambavision.ops.window_attention.reference import SHORT_LENGTH, TRAINING_BACKENDS, window_attention_sdpa
+
+# Tokens and width of a head up to which the kernels were measured to be the fastest.
+MOST_TOKENS, WIDEST_HEAD = 256, 64
+
+
+def _triton(qkv: Tensor, num_heads: int, dropout: float) -> Tensor:  # noqa: ARG001  (refused beforehand)
+    from mambavision.ops.window_attention.triton_op import window_attention
+
+    y, _ = window_attention(qkv, num_heads)
+    assert isinstance(y, Tensor)
+    return y
+
+
+def _refuse_triton(situation: Situation) -> str | None:
+    if situation.device_type != "cuda":
+        return f"{situation.device_type} is no GPU that Triton compiles for here"
+    if situation.dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels multiply 16-bit numbers, not {situation.dtype}"
+    if situation.length > MOST_TOKENS:
+        return f"its kernels are for windows of at most {MOST_TOKENS} tokens, not {situation.length}"
+    if situation.width > WIDEST_HEAD:
+        return f"its kernels are for heads of at most {WIDEST_HEAD} channels, not {situation.width}"
+    if situation.dropout:
+        return "its kernels have no dropout"
+    return triton_fault()
+
+
+BACKENDS = (
+    Backend("triton", _triton, "GPU kernels that read the projection as it is", _refuse_triton),
+    Backend("sdpa", window_attention_sdpa, "PyTorch's, runs and exports everywhere", lambda _: None),
+)
+
+
+def window_attention(qkv: Tensor, *, num_heads: int, dropout: float = 0.0, backend: str = "auto") -> Tensor:
+    """softmax(Q K^T / sqrt(width)) V, head by head (paper, equation 8).
+
+    Args:
+        qkv: (windows, length, 3 x channels): queries, keys and values, each head by head.
+        num_heads: heads, which divide the channels into parts of one width.
+        dropout: probability that a weight is dropped; the others are scaled up.
+        backend: `auto`, or the name of one of `BACKENDS`.
+
+    Returns:
+        (windows, length, channels) in the type of qkv.
+
+    Raises:
+        ValueError: the heads do not divide the channels.
+        RuntimeError: the requested backend cannot run here.
+    """
+    if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) != 0:
+        raise ValueError(f"qkv must be (windows, length, 3 x {num_heads} x width), got {tuple(qkv.shape)}.")
+    width = qkv.shape[2] // (3 * num_heads)
+    situation = Situation(qkv.device.type, qkv.dtype, qkv.shape[1], width=width, dropout=dropout > 0)
+    return select("window_attention", BACKENDS, situation, backend).backend.function(qkv, num_heads, dropout)
+
+
+__all__ = ["BACKENDS", "SHORT_LENGTH", "TRAINING_BACKENDS", "window_attention"]
