@@ -114,7 +114,7 @@ class FusedMixer(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
-        u = F.silu(self.conv1d(self.in_proj(x)))
+        u = self.conv1d(self.in_proj(x))
         x, z = u.chunk(2, dim=-1)  # (windows, length, half) each
         dt, B, C = self.x_proj(x).split([self.channels, self.d_state, self.d_state], dim=-1)
         y = selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias, backend=self.scan_backend)

@@ -10,18 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.config import StepBiasInit
-from mambavision.ops import selective_scan
+from mambavision.ops import selective_scan, token_conv
 
 # Range of Mamba's own initial steps (arXiv 2312.00752, section 3.6).
 _STEP_RANGE = (1e-3, 1e-1)
 
 
 class TokenConv(nn.Conv1d):
-    """Each channel's convolution over the tokens of its window, zeros beyond both ends; `nn.Conv1d`'s parameters.
-
-    Written as a product a tap: libraries transpose for this convolution and have no fast backward for it, and a
-    compiler makes one pass of the products and what follows.
-    """
+    """SiLU of each channel's convolution over the tokens of its window, with `nn.Conv1d`'s parameters."""
 
     def __init__(self, channels: int, kernel_size: int, **factory: Any) -> None:
         super().__init__(
@@ -29,13 +25,7 @@ class TokenConv(nn.Conv1d):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
-        taps = self.weight.to(x.dtype).squeeze(1).unbind(1)
-        length, reach = x.shape[1], len(taps) // 2
-        padded = F.pad(x, (0, 0, reach, reach))
-        y = padded[:, :length] * taps[0]
-        for place, tap in enumerate(taps[1:], start=1):
-            y = y + padded[:, place : place + length] * tap
-        return y
+        return token_conv(x, self.weight.squeeze(1))
 
 
 class MambaVisionMixer(nn.Module):
@@ -77,8 +67,7 @@ class MambaVisionMixer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (windows, length, half) each
-        x = F.silu(self.conv1d_x(x))
-        z = F.silu(self.conv1d_z(z))
+        x, z = self.conv1d_x(x), self.conv1d_z(z)  # SiLU included
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         dt = F.linear(dt, self.dt_proj.weight)  # (windows, length, half)
         A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))

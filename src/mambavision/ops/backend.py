@@ -61,6 +61,15 @@ def triton_fault() -> str | None:
     return None if tuple(map(int, version.split(".")[:2])) >= (3, 3) else f"Triton {version} is older than 3.3"
 
 
+def refuse_kernels(situation: Situation) -> str | None:
+    """Why kernels for the usual floating types cannot run, or None."""
+    if situation.device_type != "cuda":
+        return f"{situation.device_type} is no GPU that Triton compiles for here"
+    if situation.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{situation.dtype} is too wide for its kernels"
+    return triton_fault()
+
+
 def refuse_inference_kernels(situation: Situation) -> str | None:
     """Why the kernels that have no backward and multiply 16-bit numbers cannot run, or None."""
     if situation.device_type != "cuda":

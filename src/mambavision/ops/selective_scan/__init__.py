@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, Choice, Situation, select, triton_fault
+from mambavision.ops.backend import Backend, Choice, Situation, refuse_kernels, select
 from mambavision.ops.selective_scan.chunked import selective_scan_chunked
 from mambavision.ops.selective_scan.reference import selective_scan_reference
 
@@ -27,13 +27,11 @@ def _triton(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | 
 
 
 def _refuse_triton(situation: Situation) -> str | None:
-    if situation.device_type != "cuda":
-        return f"{situation.device_type} is no GPU that Triton compiles for here"
-    if situation.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"{situation.dtype} is too wide for its kernels"
+    if fault := refuse_kernels(situation):
+        return fault
     if situation.state not in (4, 8, 16):
         return f"its kernels are for 4, 8 or 16 states, not {situation.state}"
-    return triton_fault()
+    return None
 
 
 def _mamba_ssm(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, refuse_inference_kernels, select, situation_of
+from mambavision.ops.backend import Backend, refuse_kernels, select, situation_of
 from mambavision.ops.token_conv.reference import token_conv_reference
 
 
@@ -16,7 +16,7 @@ def _triton(x: Tensor, weight: Tensor) -> Tensor:
 
 
 BACKENDS = (
-    Backend("triton", _triton, "GPU kernel", refuse_inference_kernels),
+    Backend("triton", _triton, "GPU kernels", refuse_kernels),
     Backend("reference", token_conv_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
 )
 
@@ -26,7 +26,7 @@ def token_conv(x: Tensor, weight: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         x: (windows, length, channels); rows may be parts of wider ones.
-        weight: (channels, kernel), kernel odd.
+        weight: (channels, kernel), kernel odd, of any floating type.
         backend: `auto`, or the name of one of `BACKENDS`.
 
     Returns:

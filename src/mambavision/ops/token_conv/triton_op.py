@@ -1,6 +1,9 @@
-"""The convolution over tokens as an operator that PyTorch knows. Imported only where the backend runs."""
+"""The convolution over tokens as an operator that PyTorch knows, with its gradient. Imported only where it runs."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -9,9 +12,11 @@ from torch.library import triton_op
 
 from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import common_unit
-from mambavision.ops.token_conv.kernels import token_conv_kernel
+from mambavision.ops.token_conv.kernels import token_conv_backward_kernel, token_conv_kernel
 
 BLOCK_M, BLOCK_N = 32, 64
+BACKWARD_M, BACKWARD_N = 32, 32
+PROGRAMS = 1024  # of the backward: enough for a large GPU, and few sums of the weight's gradient
 
 
 @triton_op("mambavision::token_conv", mutates_args=())
@@ -21,10 +26,50 @@ def token_conv(x: Tensor, weight: Tensor) -> Tensor:
     windows, length, channels = x.shape
     rows = windows * length
     if rows:
-        x = (x if x.stride(2) == 1 else x.contiguous()).reshape(rows, channels)
+        x = _rows(x)
         unit = common_unit(channels, x.stride(0))
         launcher(token_conv_kernel)[(triton.cdiv(channels, BLOCK_N), triton.cdiv(rows, BLOCK_M))](
             x, weight.contiguous(), out, rows, length, channels, x.stride(0) // unit, channels // unit,
             UNIT=unit, KERNEL=weight.shape[-1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
     return out
+
+
+@triton_op("mambavision::token_conv_backward", mutates_args=())
+def token_conv_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x, contiguous, and of the weight, float32."""
+    windows, length, channels = x.shape
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    rows = windows * length
+    if rows == 0:
+        return grad_x, torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
+    tiles = triton.cdiv(channels, BACKWARD_N)
+    steps = max(1, rows * tiles // (BACKWARD_M * PROGRAMS))
+    groups = triton.cdiv(rows, steps * BACKWARD_M)
+    grad_weight = torch.empty((groups, *weight.shape), dtype=torch.float32, device=x.device)
+    x, grad_y = _rows(x), _rows(grad_y)
+    unit = common_unit(channels, x.stride(0), grad_y.stride(0))
+    launcher(token_conv_backward_kernel)[(tiles, groups)](
+        x, weight.contiguous(), grad_y, grad_x, grad_weight,
+        rows, length, channels, x.stride(0) // unit, grad_y.stride(0) // unit, channels // unit,
+        UNIT=unit, KERNEL=weight.shape[1], BLOCK_M=BACKWARD_M, BLOCK_N=BACKWARD_N, STEPS=steps, num_warps=4,
+    )  # fmt: skip
+    return grad_x, grad_weight.sum(0)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """(windows, length, channels) as (rows, channels) with neighbours side by side; a view where the strides allow."""
+    return (tensor if tensor.stride(2) == 1 else tensor.contiguous()).reshape(-1, tensor.shape[2])
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:  # noqa: ARG001  (PyTorch's signature)
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    grad_x, grad_weight = token_conv_backward(grad_y, x, weight)
+    return grad_x, grad_weight.to(weight.dtype)
+
+
+token_conv.register_autograd(_differentiate, setup_context=_setup_context)

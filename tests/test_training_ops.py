@@ -1,0 +1,179 @@
+"""The ops of the layers that have gradients: kernels against float64, on a GPU or interpreted, and their references."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mambavision.ops.backend import Situation
+from mambavision.ops.token_conv import token_conv
+from mambavision.ops.window_attention import BACKENDS, window_attention
+
+pytest.importorskip("triton", "3.3")
+
+from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.window_attention import triton_op as attention_op  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+# Triton's interpreter cannot multiply matrices of bfloat16.
+HALVES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16,)
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(*shape)).to(dtype).to(DEVICE)
+
+
+def gradients(function, tensors, grad_y, dtype=None):
+    """The result and the gradients of all tensors."""
+    leaves = [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
+    y = function(*leaves)
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def check(kernel, plain, tensors, grad_y, slack=1e-6):
+    """Values and gradients are at most twice as far from float64 as PyTorch's in the same type, and of that type."""
+    found = gradients(kernel, tensors, grad_y)
+    usual = gradients(plain, tensors, grad_y)
+    truth = gradients(plain, tensors, grad_y, torch.float64)
+    for place, (actual, common, expected) in enumerate(zip(found, usual, truth, strict=True)):
+        assert actual.shape == common.shape
+        assert actual.dtype == common.dtype
+        assert error(actual, expected) <= 2 * error(common, expected) + slack, place
+
+
+def plain_conv(x, weight):
+    return token_conv(x, weight, backend="reference")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
+
+
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize(("windows", "length", "channels"), [(1, 1, 8), (3, 10, 40), (2, 49, 7)])
+def test_token_conv(dtype, kernel, windows, length, channels, poisoned):
+    wide = random(windows, length, 2 * channels, dtype=dtype)  # the projection of which x is a half
+    weight = random(channels, kernel)
+    grad_y = random(windows, length, 2 * channels, dtype=dtype)[..., channels:]
+
+    def by(function):
+        return lambda wide, weight: function(wide[..., :channels], weight)
+
+    check(by(token_conv_op.token_conv), by(plain_conv), [wide, weight], grad_y)
+
+
+def test_token_conv_sums_the_weight_of_many_programs(poisoned, monkeypatch):
+    monkeypatch.setattr(token_conv_op, "PROGRAMS", 2)
+    tensors = [random(9, 20, 40), random(40, 3)]
+    check(token_conv_op.token_conv, plain_conv, tensors, random(9, 20, 40))
+
+
+def test_the_reference_is_what_pytorch_computes():
+    x, weight = torch.randn(2, 6, 8).double(), torch.randn(8, 5).double()
+    expected = F.silu(F.conv1d(x.transpose(1, 2), weight.unsqueeze(1), padding=2, groups=8).transpose(1, 2))
+    torch.testing.assert_close(token_conv(x, weight, backend="reference"), expected)
+
+
+def sdpa(num_heads):
+    return lambda qkv: window_attention(qkv, num_heads=num_heads, backend="sdpa")
+
+
+def own(num_heads):
+    return lambda qkv: attention_op.window_attention(qkv, num_heads)[0]
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("windows", "length", "heads", "width"), [(1, 1, 1, 4), (3, 49, 2, 40), (2, 70, 1, 49), (1, 33, 3, 64)]
+)
+def test_window_attention(dtype, windows, length, heads, width, poisoned):
+    qkv = random(windows, length, 3 * heads * width, dtype=dtype, scale=2.0)
+    check(own(heads), sdpa(heads), [qkv], random(windows, length, heads * width, dtype=dtype))
+
+
+def test_window_attention_of_views(poisoned):
+    wide = random(2, 40, 2 * 3 * 16, dtype=torch.float16)
+    grad_y = random(40, 2, 16, dtype=torch.float16).transpose(0, 1)
+    check(lambda w: own(2)(w[..., 48:]), lambda w: sdpa(2)(w[..., 48:]), [wide], grad_y)
+
+
+def test_window_attention_with_large_scores_stays_finite(poisoned):
+    qkv = random(1, 40, 3 * 16, dtype=torch.float16, scale=40.0)  # weights are 0 and 1, and log sums hundreds
+    qkv[:, :, :16] = -qkv[:, :, 16:32]
+    check(own(1), sdpa(1), [qkv], random(1, 40, 16, dtype=torch.float16), slack=1e-3)
+
+
+def test_an_empty_batch_has_empty_results():
+    for y in gradients(own(2), [random(0, 5, 24, dtype=torch.float16)], random(0, 5, 8, dtype=torch.float16)):
+        assert y.numel() == 0
+    y, grad_x, grad_weight = gradients(token_conv_op.token_conv, [random(0, 5, 8), random(8, 3)], random(0, 5, 8))
+    assert y.numel() == grad_x.numel() == 0
+    assert not grad_weight.any()
+
+
+@pytest.mark.parametrize(
+    ("situation", "reason"),
+    [
+        (Situation("cpu", torch.bfloat16, 49, width=40), "no GPU"),
+        (Situation("cuda", torch.float32, 49, width=40), "16-bit"),
+        (Situation("cuda", torch.float16, 1024, width=40), "at most 256 tokens"),
+        (Situation("cuda", torch.float16, 49, width=128), "at most 64 channels"),
+        (Situation("cuda", torch.float16, 49, width=40, dropout=True), "no dropout"),
+    ],
+)
+def test_the_attention_kernels_refuse_what_they_cannot_do(situation, reason):
+    assert reason in BACKENDS[0].refusal(situation)
+    assert BACKENDS[0].refusal(Situation("cuda", torch.bfloat16, 196, width=40)) is None
+
+
+def test_heads_that_do_not_divide_the_channels_are_named():
+    with pytest.raises(ValueError, match=r"3 x 5 x width"):
+        window_attention(torch.ones(1, 4, 48), num_heads=5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("windows", "length", "heads", "width"), [(128, 196, 8, 40), (128, 49, 16, 40), (16, 196, 16, 49), (16, 256, 8, 64)]
+)
+def test_window_attention_at_the_sizes_of_the_networks(dtype, windows, length, heads, width, poisoned):
+    qkv = random(windows, length, 3 * heads * width, dtype=dtype)
+    check(own(heads), sdpa(heads), [qkv], random(windows, length, heads * width, dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
+@pytest.mark.parametrize(("windows", "length", "channels"), [(128, 196, 160), (128, 49, 320), (16, 196, 392)])
+def test_token_conv_at_the_sizes_of_the_networks(dtype, windows, length, channels, poisoned):
+    tensors = [random(windows, length, channels, dtype=dtype), random(channels, 3)]
+    grad_y = random(windows, length, channels, dtype=dtype)
+    check(token_conv_op.token_conv, plain_conv, tensors, grad_y)
+
+
+@pytest.mark.gpu
+def test_the_operators_are_registered_as_torch_asks():
+    qkv = random(2, 49, 48, dtype=torch.bfloat16).requires_grad_()
+    torch.library.opcheck(attention_op.window_attention, (qkv, 2))
+    x, weight = random(2, 49, 16, dtype=torch.bfloat16).requires_grad_(), random(16, 3).requires_grad_()
+    torch.library.opcheck(token_conv_op.token_conv, (x, weight))
+
+
+@pytest.mark.gpu
+def test_compiled_gradients_are_those_of_eager():
+    tensors = [random(4, 49, 48, dtype=torch.bfloat16), random(16, 3)]
+    grad_y = random(4, 49, 16, dtype=torch.bfloat16)
+
+    def function(qkv, weight):
+        return token_conv(window_attention(qkv, num_heads=2), weight)
+
+    compiled = gradients(torch.compile(function, fullgraph=True), tensors, grad_y)
+    for actual, expected in zip(compiled, gradients(function, tensors, grad_y), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-2, atol=2e-2)
