@@ -52,7 +52,7 @@ def check(actual, usual, expected):
     """At most twice as far from float64 as PyTorch in the same type, and of its shape and type."""
     assert actual.shape == usual.shape
     assert actual.dtype == usual.dtype
-    allowed = 4e-5 * expected.numel() ** 0.5  # by the kernels' GELU
+    allowed = 6e-5 * expected.numel() ** 0.5  # by the kernels' GELU
     assert distance(actual, expected) <= 2 * distance(usual, expected) + allowed
 
 

@@ -5,12 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from mambavision.ops.backend import Situation
+from mambavision.ops.mlp import BACKENDS as MLP_BACKENDS
+from mambavision.ops.mlp import mlp
 from mambavision.ops.token_conv import token_conv
 from mambavision.ops.window_attention import BACKENDS, window_attention
 
 pytest.importorskip("triton", "3.3")
 
-from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.mlp import triton_op as mlp_op  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402
 from mambavision.ops.window_attention import triton_op as attention_op  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -111,6 +114,39 @@ def test_window_attention_with_large_scores_stays_finite(poisoned):
     check(own(1), sdpa(1), [qkv], random(1, 40, 16, dtype=torch.float16), slack=1e-3)
 
 
+def mlp_inputs(rows, channels, hidden, dtype):
+    weights = random(hidden, channels, dtype=dtype, scale=channels**-0.5), random(hidden, dtype=dtype)
+    back = random(channels, hidden, dtype=dtype, scale=hidden**-0.5), random(channels, dtype=dtype)
+    return [random(*rows, channels, dtype=dtype, scale=2.0), *weights, *back]
+
+
+def own_mlp(*tensors):
+    return mlp_op.mlp(*tensors)[0]
+
+
+def plain_mlp(*tensors):
+    return mlp(*tensors, backend="reference")
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "channels", "hidden"), [((1, 1), 16, 64), ((3, 11), 40, 72), ((130,), 33, 7), ((0, 5), 8, 16)], ids=str
+)
+@pytest.mark.parametrize("large", [False, True])
+def test_mlp(dtype, rows, channels, hidden, large, poisoned, monkeypatch):
+    monkeypatch.setattr(mlp_op, "is_large", lambda *_: large)
+    tensors = mlp_inputs(rows, channels, hidden, dtype)
+    check(own_mlp, plain_mlp, tensors, random(*rows, channels, dtype=dtype), slack=2e-5)  # by the kernels' GELU
+
+
+def test_the_mlp_kernels_run_only_where_there_will_be_a_backward():
+    assert "only a backward needs" in MLP_BACKENDS[0].refusal(Situation("cuda", torch.float16))
+    assert "16-bit" in MLP_BACKENDS[0].refusal(Situation("cuda", torch.float32, differentiated=True))
+    assert MLP_BACKENDS[0].refusal(Situation("cuda", torch.bfloat16, differentiated=True)) is None
+    with pytest.raises(ValueError, match="x must have 8 channels"):
+        mlp(torch.ones(2, 5), torch.ones(16, 8), torch.ones(16), torch.ones(8, 16), torch.ones(8))
+
+
 def test_an_empty_batch_has_empty_results():
     for y in gradients(own(2), [random(0, 5, 24, dtype=torch.float16)], random(0, 5, 8, dtype=torch.float16)):
         assert y.numel() == 0
@@ -159,20 +195,33 @@ def test_token_conv_at_the_sizes_of_the_networks(dtype, windows, length, channel
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "channels", "hidden"), [((25088,), 320, 1280), ((6272,), 640, 2560), ((3136,), 784, 3136)]
+)
+def test_mlp_at_the_sizes_of_the_networks(dtype, rows, channels, hidden, poisoned):
+    tensors = mlp_inputs(rows, channels, hidden, dtype)
+    check(own_mlp, plain_mlp, tensors, random(*rows, channels, dtype=dtype), slack=2e-5)
+
+
+@pytest.mark.gpu
 def test_the_operators_are_registered_as_torch_asks():
     qkv = random(2, 49, 48, dtype=torch.bfloat16).requires_grad_()
     torch.library.opcheck(attention_op.window_attention, (qkv, 2))
     x, weight = random(2, 49, 16, dtype=torch.bfloat16).requires_grad_(), random(16, 3).requires_grad_()
     torch.library.opcheck(token_conv_op.token_conv, (x, weight))
+    layers = [tensor.requires_grad_() for tensor in mlp_inputs((2, 49), 16, 64, torch.bfloat16)]
+    torch.library.opcheck(mlp_op.mlp, layers)
 
 
 @pytest.mark.gpu
 def test_compiled_gradients_are_those_of_eager():
-    tensors = [random(4, 49, 48, dtype=torch.bfloat16), random(16, 3)]
+    layers = mlp_inputs((1,), 16, 64, torch.bfloat16)[1:]
+    tensors = [random(4, 49, 48, dtype=torch.bfloat16), random(16, 3), *layers]
     grad_y = random(4, 49, 16, dtype=torch.bfloat16)
 
-    def function(qkv, weight):
-        return token_conv(window_attention(qkv, num_heads=2), weight)
+    def function(qkv, weight, *layers):
+        return mlp(token_conv(window_attention(qkv, num_heads=2), weight), *layers)
 
     compiled = gradients(torch.compile(function, fullgraph=True), tensors, grad_y)
     for actual, expected in zip(compiled, gradients(function, tensors, grad_y), strict=True):

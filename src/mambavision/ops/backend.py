@@ -70,15 +70,16 @@ def refuse_kernels(situation: Situation) -> str | None:
     return triton_fault()
 
 
+def refuse_16_bit_kernels(situation: Situation) -> str | None:
+    """Why kernels that multiply matrices of 16-bit numbers cannot run, or None."""
+    if situation.device_type == "cuda" and situation.dtype not in (torch.float16, torch.bfloat16):
+        return f"its kernels multiply 16-bit numbers, not {situation.dtype}"
+    return refuse_kernels(situation)
+
+
 def refuse_inference_kernels(situation: Situation) -> str | None:
     """Why the kernels that have no backward and multiply 16-bit numbers cannot run, or None."""
-    if situation.device_type != "cuda":
-        return f"{situation.device_type} is no GPU that Triton compiles for here"
-    if situation.dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernels multiply 16-bit numbers, not {situation.dtype}"
-    if situation.differentiated:
-        return "its kernels have no backward"
-    return triton_fault()
+    return refuse_16_bit_kernels(situation) or ("its kernels have no backward" if situation.differentiated else None)
 
 
 def situation_of(x: torch.Tensor, *others: torch.Tensor | None) -> Situation:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, Situation, select, triton_fault
+from mambavision.ops.backend import Backend, Situation, refuse_16_bit_kernels, select
 from mambavision.ops.window_attention.reference import SHORT_LENGTH, TRAINING_BACKENDS, window_attention_sdpa
 
 # Tokens and width of a head up to which the kernels were measured to be the fastest.
@@ -21,17 +20,13 @@ def _triton(qkv: Tensor, num_heads: int, dropout: float) -> Tensor:  # noqa: ARG
 
 
 def _refuse_triton(situation: Situation) -> str | None:
-    if situation.device_type != "cuda":
-        return f"{situation.device_type} is no GPU that Triton compiles for here"
-    if situation.dtype not in (torch.float16, torch.bfloat16):
-        return f"its kernels multiply 16-bit numbers, not {situation.dtype}"
+    if fault := refuse_16_bit_kernels(situation):
+        return fault
     if situation.length > MOST_TOKENS:
         return f"its kernels are for windows of at most {MOST_TOKENS} tokens, not {situation.length}"
     if situation.width > WIDEST_HEAD:
         return f"its kernels are for heads of at most {WIDEST_HEAD} channels, not {situation.width}"
-    if situation.dropout:
-        return "its kernels have no dropout"
-    return triton_fault()
+    return "its kernels have no dropout" if situation.dropout else None
 
 
 BACKENDS = (
