@@ -1,4 +1,4 @@
-"""Every kernel that a network launches compiles for a GPU, which takes none: the interpreter accepts more than that."""
+"""Every kernel of the networks, inference and training, compiles for a GPU: the interpreter accepts more than that."""
 
 import json
 import os
@@ -64,6 +64,27 @@ for network, batch in networks:
         with torch.inference_mode(), launch.precompiling():
             network.forward_features(torch.zeros(batch, 3, *network.config.preprocessing.img_size))
             names |= {key[0].fn.__name__ for key in launch._pending}
+
+# The training's own, as its operators launch them.
+from mambavision.ops.mlp.triton_op import mlp, mlp_backward
+from mambavision.ops.selective_scan.triton_op import scan_backward, scan_for_training
+from mambavision.ops.token_conv.triton_op import token_conv_backward
+from mambavision.ops.window_attention.triton_op import window_attention, window_attention_backward
+
+def random(*shape):
+    return torch.randn(*shape, dtype=torch.bfloat16)
+
+with torch.inference_mode(), launch.precompiling():
+    qkv, u = random(2, 196, 3 * 320), random(2, 196, 160)
+    window_attention_backward(random(2, 196, 320), qkv, *window_attention(qkv, 8), 8)
+    token_conv_backward(random(2, 196, 320)[..., :160], u, torch.randn(160, 3))
+    x, weight1, weight2 = random(392, 320), random(1280, 320), random(320, 1280)
+    _, *hidden = mlp(x, weight1, random(1280), weight2, random(320))
+    mlp_backward(random(392, 320), x, weight1, weight2, *hidden)
+    _, _, B, C = random(2, 196, 36).split([10, 10, 8, 8], dim=-1)
+    scanned = u, u, torch.randn(160, 8), B, C, torch.randn(160), torch.randn(160)
+    scan_backward(u, scan_for_training(*scanned)[1], *scanned)
+    names |= {key[0].fn.__name__ for key in launch._pending}
 print(json.dumps(sorted(names)))
 """
 
@@ -81,13 +102,18 @@ def compiled(*networks):
 def test_the_kernels_of_the_networks_compile_for_a_gpu():
     found = compiled(("mamba_vision_T", 1, False), ("mamba_vision_T", 8, False), ("mamba_vision_T", 8, True))
     assert found == {
+        "attend_backward_kernel",
+        "attend_kernel",
+        "backward_kernel",
         "conv3x3_kernel",
         "first_conv_kernel",
+        "gelu_backward_kernel",
         "layer_norm_kernel",
         "linear_kernel",
         "stem_kernel",
         "stitch_kernel",
         "to_float8_kernel",
+        "token_conv_backward_kernel",
         "token_conv_kernel",
         "walk_kernel",
     }

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.layers.attention import Attention

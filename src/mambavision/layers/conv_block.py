@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.layers.drop_path import DropPath
+from mambavision.layers.plain import are_plain
 
 
 class ConvBlock(nn.Module):
@@ -24,8 +26,22 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, dim, H, W), the same out
-        branch = self.act1(self.norm1(self.conv1(x)))
-        branch = self.norm2(self.conv2(branch))
+        branch = self.act1(_normed_conv(self.conv1, self.norm1, x))
+        branch = _normed_conv(self.conv2, self.norm2, branch)
         if self.gamma is not None:
             branch = branch * self.gamma[:, None, None]
         return x + self.drop_path(branch)
+
+
+def _normed_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """norm(conv(x)). In training the norm takes off what is constant, so the bias is spared two passes over the map."""
+    if not (norm.training and are_plain(conv, norm)) or norm.running_mean is None or norm.momentum is None:
+        return norm(conv(x))
+    bias = cast("Tensor", conv.bias)
+    mean = norm.running_mean - bias.detach()
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+    shift = norm.bias + 0 * bias  # whose gradient is zero, and not missing
+    y = F.batch_norm(y, mean, norm.running_var, norm.weight, shift, True, norm.momentum, norm.eps)
+    norm.running_mean.copy_(mean + bias.detach())
+    cast("Tensor", norm.num_batches_tracked).add_(1)
+    return y

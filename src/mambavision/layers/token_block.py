@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mambavision.layers.drop_path import DropPath
+from mambavision.layers.plain import are_plain
 from mambavision.ops import mlp
 
 
@@ -21,7 +22,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim), the same out
-        if x.is_cuda and torch.is_grad_enabled() and _are_plain(self.fc1, self.act, self.fc2):
+        if x.is_cuda and torch.is_grad_enabled() and are_plain(self.fc1, self.act, self.fc2):
             if torch.is_autocast_enabled("cuda"):
                 x = x.to(torch.get_autocast_dtype("cuda"))
             weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -54,16 +55,6 @@ class TokenBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         x = x + self.drop_path(_scaled(self.mixer(self.norm1(x)), self.gamma_1))
         return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
-
-
-def _are_plain(*modules: nn.Module) -> bool:
-    """Whether calling the modules does no more than their arithmetic: no adapter in their place, and no hooks."""
-    return all(
-        type(module) in (nn.Linear, nn.GELU)
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        for module in modules
-    )
 
 
 def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ def layer_norm_kernel(
     out,  # (rows, channels)
     rows,
     channels,
-    eps,
+    eps: tl.constexpr,  # not a number at run time, which torch.compile would pass as a float64
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_OFFSET: tl.constexpr,

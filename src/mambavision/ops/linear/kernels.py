@@ -1,47 +1,9 @@
-"""The fused linear layer's GPU kernel, and its product for other kernels, in Triton; `triton_op` launches it."""
+"""The fused linear layer's GPU kernel, in Triton; `triton_op` launches it."""
 
 import triton
 import triton.language as tl
 
 from mambavision.ops.activation_kernels import activated
-
-
-@triton.jit
-def tile_numbers(rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
-    """Which tile of a product this program computes: GROUP rows of tiles are worked on together, for the cache."""
-    tiles_m = tl.cdiv(rows, BLOCK_M)
-    tiles_n = tl.cdiv(columns, BLOCK_N)
-    width = GROUP * tiles_n
-    first = tl.program_id(0) // width * GROUP
-    group = tl.minimum(tiles_m - first, GROUP)
-    return first + tl.program_id(0) % width % group, tl.program_id(0) % width // group
-
-
-@triton.jit
-def product(
-    x_at,  # pointers to the first BLOCK_K of the inner index; (BLOCK_M, BLOCK_K)
-    weight_at,  # likewise; (BLOCK_K, BLOCK_N)
-    weight_step,  # elements from one value of the inner index to the next
-    inner,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    EVEN_K: tl.constexpr,  # whether BLOCK_K divides `inner`
-):
-    """The matrix product of a tile, float32; (BLOCK_M, BLOCK_N)."""
-    k = tl.arange(0, BLOCK_K)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, inner, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(x_at)
-            b = tl.load(weight_at)
-        else:
-            a = tl.load(x_at, mask=(start + k < inner)[None, :], other=0.0)
-            b = tl.load(weight_at, mask=(start + k < inner)[:, None], other=0.0)
-        acc = tl.dot(a, b, acc)
-        x_at += BLOCK_K
-        weight_at += BLOCK_K * weight_step
-    return acc
 
 
 @triton.jit
@@ -58,13 +20,13 @@ def linear_kernel(
     x_row,
     residual_row,
     out_row,
-    eps,
+    eps: tl.constexpr,  # not a number at run time, which torch.compile would pass as a float64
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    GROUP: tl.constexpr,  # rows of tiles that are worked on together, for the cache
+    EVEN_K: tl.constexpr,  # whether BLOCK_K divides `inner`
     NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
@@ -76,7 +38,13 @@ def linear_kernel(
     row w of the weight is (x w - m sum(w)) / s. So x goes to the matrix unit as it is.
     """
     inner = inner * UNIT
-    tile_m, tile_n = tile_numbers(rows, columns, BLOCK_M, BLOCK_N, GROUP)
+    tiles_m = tl.cdiv(rows, BLOCK_M)
+    tiles_n = tl.cdiv(columns, BLOCK_N)
+    width = GROUP * tiles_n
+    first = tl.program_id(0) // width * GROUP
+    group = tl.minimum(tiles_m - first, GROUP)
+    tile_m = first + tl.program_id(0) % width % group
+    tile_n = tl.program_id(0) % width // group
     row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -95,7 +63,17 @@ def linear_kernel(
             total += tl.sum(wide, 1)
             squares += tl.sum(wide * wide, 1)
     weight_at = weight + (column % columns)[None, :] * inner + k[:, None]
-    acc = product(x_at, weight_at, 1, inner, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, inner, BLOCK_K):
+        if EVEN_K:
+            a = tl.load(x_at)
+            b = tl.load(weight_at)
+        else:
+            a = tl.load(x_at, mask=(start + k < inner)[None, :], other=0.0)
+            b = tl.load(weight_at, mask=(start + k < inner)[:, None], other=0.0)
+        acc = tl.dot(a, b, acc)
+        x_at += BLOCK_K
+        weight_at += BLOCK_K
 
     inside = column < columns
     if NORM:

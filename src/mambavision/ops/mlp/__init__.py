@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, Situation, refuse_16_bit_kernels, select, situation_of
+from mambavision.ops.backend import Backend, Situation, refuse_kernels, select, situation_of
 from mambavision.ops.mlp.reference import mlp_reference
 
 
@@ -18,19 +18,17 @@ def _triton(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: T
 
 def _refuse_triton(situation: Situation) -> str | None:
     if not situation.differentiated:
-        return "its kernels keep what only a backward needs"
-    return refuse_16_bit_kernels(situation)
+        return "its kernel is for the backward"
+    return refuse_kernels(situation)
 
 
 BACKENDS = (
-    Backend("triton", _triton, "GPU kernels with the GELU in the products", _refuse_triton),
+    Backend("triton", _triton, "a GPU kernel for the backward of the GELU", _refuse_triton),
     Backend("reference", mlp_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
 )
 
 
-def mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, backend: str = "auto"
-) -> Tensor:
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, *, backend: str = "auto") -> Tensor:
     """GELU(x weight1^T + bias1) weight2^T + bias2.
 
     Args:

@@ -1,80 +1,33 @@
-"""The products of the MLP that have the GELU behind them, forward and backward, in Triton; `triton_op` launches them.
-
-Apart, the activation costs as much as the product: the hidden layer is what a block has most of.
-"""
+"""The backward of the MLP's GELU with the sums that the bias before it needs, in Triton; `triton_op` launches it."""
 
 import triton
 import triton.language as tl
 
-from mambavision.ops.activation_kernels import activated, gelu_slope
-from mambavision.ops.linear.kernels import product, tile_numbers
-
 
 @triton.jit
-def hidden_kernel(
-    x,  # (rows, inner)
-    weight,  # (columns, inner)
-    bias,  # (columns,)
-    before,  # (rows, columns)
-    hidden,  # (rows, columns)
+def gelu_backward_kernel(
+    grad,  # (rows, columns): of the GELU's result, replaced by that of its argument
+    before,  # (rows, columns): its argument
+    grad_bias,  # (groups of rows, columns): what each adds, float32
     rows,
-    columns,  # this and `inner` in units of UNIT elements, so that the compiler knows what divides them
-    inner,
+    columns,  # in units of UNIT elements, so that the compiler knows what divides it
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """A tile of x weight^T + bias, and of its GELU. Grid: (tiles,)."""
-    inner, columns = inner * UNIT, columns * UNIT
-    tile_m, tile_n = tile_numbers(rows, columns, BLOCK_M, BLOCK_N, GROUP)
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # Rows and columns past the end read what another does and are not stored.
-    x_at = x + (row % rows).to(tl.int64)[:, None] * inner + k[None, :]
-    weight_at = weight + (column % columns)[None, :] * inner + k[:, None]
-    acc = product(x_at, weight_at, 1, inner, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
-    acc += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    there = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(before + at, acc.to(before.dtype.element_ty), mask=there)
-    tl.store(hidden + at, activated(acc, "gelu").to(hidden.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def hidden_backward_kernel(
-    grad_y,  # (rows, inner)
-    weight,  # (inner, columns)
-    before,  # (rows, columns)
-    grad_before,  # (rows, columns)
-    grad_bias,  # (tiles of rows, columns): what each adds, float32
-    rows,
-    columns,
-    inner,
-    UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr,
-    EVEN_K: tl.constexpr,
-):
-    """A tile of grad_y weight times the GELU's slope, and its sums by column. Grid: (tiles,)."""
-    inner, columns = inner * UNIT, columns * UNIT
-    tile_m, tile_n = tile_numbers(rows, columns, BLOCK_M, BLOCK_N, GROUP)
-    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    grad_y_at = grad_y + (row % rows).to(tl.int64)[:, None] * inner + k[None, :]
-    # Where a tile is full, the compiler may know that columns follow each other.
-    near = tl.max_contiguous(tl.multiple_of(column % columns, UNIT), UNIT)
-    weight_at = weight + near[None, :] + k[:, None] * columns
-    acc = product(grad_y_at, weight_at, columns, inner, BLOCK_M, BLOCK_N, BLOCK_K, EVEN_K)
-    there = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    acc *= gelu_slope(tl.load(before + at, mask=there, other=0.0).to(tl.float32))
-    tl.store(grad_before + at, acc.to(grad_before.dtype.element_ty), mask=there)
-    total = tl.sum(tl.where(there, acc, 0.0), 0)
-    tl.store(grad_bias + tile_m * columns + column, total, mask=column < columns)
+    """STEPS blocks of rows. Grid: (tiles of columns, groups of blocks)."""
+    columns = columns * UNIT
+    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for step in range(STEPS):
+        row = (tl.program_id(1) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+        there = (row < rows)[:, None] & (column < columns)[None, :]
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        v = tl.load(before + at, mask=there, other=0.0).to(tl.float32)
+        # The normal distribution's integral and v times its density.
+        slope = 0.5 + 0.5 * tl.erf(0.7071067811865476 * v) + v * (0.3989422804014327 * tl.exp(-0.5 * v * v))
+        new = tl.load(grad + at, mask=there, other=0.0).to(tl.float32) * slope
+        tl.store(grad + at, new.to(grad.dtype.element_ty), mask=there)
+        total += tl.sum(new, 0)
+    tl.store(grad_bias + tl.program_id(1) * columns + column, total, mask=column < columns)

@@ -15,7 +15,7 @@ from mambavision.ops.tiles import common_unit
 from mambavision.ops.token_conv.kernels import token_conv_backward_kernel, token_conv_kernel
 
 BLOCK_M, BLOCK_N = 32, 64
-BACKWARD_M, BACKWARD_N = 32, 32
+BACKWARD_M, BACKWARD_N = 64, 32
 PROGRAMS = 1024  # of the backward: enough for a large GPU, and few sums of the weight's gradient
 
 

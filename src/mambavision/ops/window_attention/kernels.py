@@ -37,15 +37,16 @@ def attend_kernel(
     out,
     logs,  # log2 of each query's sum of exponentials, float32
     length,
-    rate,  # what the products of queries and keys are multiplied by, times log2(e)
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,  # of a head
     D: tl.constexpr,  # the same, padded
+    SCALE: tl.constexpr,  # what the products of queries and keys are multiplied by
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
     """BLOCK queries of one head, in steps of STEP keys. Grid: (windows x heads, blocks of queries)."""
     INNER: tl.constexpr = HEADS * WIDTH
+    RATE: tl.constexpr = SCALE * 1.4426950408889634  # as exp2 takes it
     window = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     q_at = qkv + window * length * (3 * INNER) + head * WIDTH
@@ -58,7 +59,7 @@ def attend_kernel(
         k = _rows(q_at + INNER, start, 3 * INNER, length, STEP, WIDTH, D)
         v = _rows(q_at + 2 * INNER, start, 3 * INNER, length, STEP, WIDTH, D)
         real = start + tl.arange(0, STEP) < length
-        scores = tl.where(real[None, :], tl.dot(q, tl.trans(k)) * rate, -1e30)
+        scores = tl.where(real[None, :], tl.dot(q, tl.trans(k)) * RATE, -1e30)
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(top - higher)
@@ -80,11 +81,10 @@ def attend_backward_kernel(
     logs,
     grad_qkv,
     length,
-    scale,  # what the products of queries and keys are multiplied by
-    rate,  # the same, times log2(e)
     HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     D: tl.constexpr,
+    SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
     STEP: tl.constexpr,
 ):
@@ -93,6 +93,7 @@ def attend_backward_kernel(
     Each makes the weights anew, so that nothing is summed across programs.
     """
     INNER: tl.constexpr = HEADS * WIDTH
+    RATE: tl.constexpr = SCALE * 1.4426950408889634  # as exp2 takes it
     window = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     offset = window * length * INNER + head * WIDTH
@@ -117,11 +118,11 @@ def attend_backward_kernel(
             query = start + tl.arange(0, STEP)
             log = tl.load(logs + query, mask=query < length, other=0.0)
             mean = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)  # of the weights' gradients, by the weights
-            weights = tl.exp2(tl.dot(k, tl.trans(q)) * rate - log[None, :])
+            weights = tl.exp2(tl.dot(k, tl.trans(q)) * RATE - log[None, :])
             grad_scores = weights * (tl.dot(v, tl.trans(g)) - mean[None, :])
             grad_v = tl.dot(weights.to(g.dtype), g, grad_v)
             grad_k = tl.dot(grad_scores.to(q.dtype), q, grad_k)
-        _store_rows(grad_at + INNER, first, grad_k * scale, 3 * INNER, length, BLOCK, WIDTH, D)
+        _store_rows(grad_at + INNER, first, grad_k * SCALE, 3 * INNER, length, BLOCK, WIDTH, D)
         _store_rows(grad_at + 2 * INNER, first, grad_v, 3 * INNER, length, BLOCK, WIDTH, D)
     else:
         q = _rows(q_at, first, 3 * INNER, length, BLOCK, WIDTH, D)
@@ -136,7 +137,7 @@ def attend_backward_kernel(
             v = _rows(q_at + 2 * INNER, start, 3 * INNER, length, STEP, WIDTH, D)
             # Past the end the keys are zeros, but an infinite weight times zero would be none.
             real = start + tl.arange(0, STEP) < length
-            weights = tl.where(real[None, :], tl.exp2(tl.dot(q, tl.trans(k)) * rate - log[:, None]), 0.0)
+            weights = tl.where(real[None, :], tl.exp2(tl.dot(q, tl.trans(k)) * RATE - log[:, None]), 0.0)
             grad_scores = weights * (tl.dot(g, tl.trans(v)) - mean[:, None])
             grad_q = tl.dot(grad_scores.to(k.dtype), k, grad_q)
-        _store_rows(grad_at, first, grad_q * scale, 3 * INNER, length, BLOCK, WIDTH, D)
+        _store_rows(grad_at, first, grad_q * SCALE, 3 * INNER, length, BLOCK, WIDTH, D)

@@ -5,7 +5,6 @@ Imported only where the backend runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,9 +26,8 @@ def window_attention(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
     out = torch.empty((windows, length, inner // 3), dtype=qkv.dtype, device=qkv.device)
     logs = torch.empty((windows, num_heads, length), dtype=torch.float32, device=qkv.device)
     if out.numel():
-        settings = _settings(inner, num_heads)
         launcher(attend_kernel)[(windows * num_heads, triton.cdiv(length, BLOCK))](
-            qkv.contiguous(), out, logs, length, math.log2(math.e) * _scale(inner, num_heads), **settings
+            qkv.contiguous(), out, logs, length, **_settings(inner, num_heads)
         )
     return out, logs
 
@@ -40,16 +38,10 @@ def window_attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logs: 
     windows, length, inner = qkv.shape
     grad_qkv = torch.empty((windows, length, inner), dtype=qkv.dtype, device=qkv.device)
     if out.numel():
-        scale = _scale(inner, num_heads)
         launcher(attend_backward_kernel)[(windows * num_heads, 2 * triton.cdiv(length, BLOCK))](
-            qkv.contiguous(), out, grad_out.contiguous(), logs, grad_qkv,
-            length, scale, math.log2(math.e) * scale, **_settings(inner, num_heads),
-        )  # fmt: skip
+            qkv.contiguous(), out, grad_out.contiguous(), logs, grad_qkv, length, **_settings(inner, num_heads)
+        )
     return grad_qkv
-
-
-def _scale(inner: int, num_heads: int) -> float:
-    return float((inner // (3 * num_heads)) ** -0.5)
 
 
 def _settings(inner: int, num_heads: int) -> dict[str, Any]:
@@ -59,6 +51,7 @@ def _settings(inner: int, num_heads: int) -> dict[str, Any]:
         "HEADS": num_heads,
         "WIDTH": width,
         "D": padded,
+        "SCALE": width**-0.5,
         "BLOCK": BLOCK,
         "STEP": STEP,
         "num_warps": WARPS,

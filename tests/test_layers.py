@@ -1,0 +1,117 @@
+"""Where a layer takes another way than its modules one by one, it comes to the same."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.plain import are_plain
+from mambavision.layers.stem import FewChannelConv
+from mambavision.layers.token_block import Mlp
+
+
+def normal(module):
+    """The module with parameters that all matter."""
+    for tensor in module.parameters():
+        nn.init.normal_(tensor, std=0.5)
+    return module
+
+
+def module_by_module(block, x):
+    return x + block.norm2(block.conv2(block.act1(block.norm1(block.conv1(x)))))
+
+
+def test_a_conv_block_trains_as_its_modules_do():
+    block = normal(ConvBlock(6)).double()
+    other = copy.deepcopy(block)
+    x = torch.randn(3, 6, 5, 4).double().requires_grad_()
+    grad = torch.randn(3, 6, 5, 4).double()
+    for _ in range(3):  # the running statistics, too, follow
+        y, expected = block(x), module_by_module(other, x)
+        torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, x, grad, True), torch.autograd.grad(expected, x, grad, True))
+    y.backward(grad)
+    expected.backward(grad)
+    for (name, parameter), (_, its) in zip(block.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, its.grad, msg=name)
+    for (name, buffer), (_, its) in zip(block.named_buffers(), other.named_buffers(), strict=True):
+        torch.testing.assert_close(buffer, its, msg=name)
+    torch.testing.assert_close(block.eval()(x), module_by_module(other.eval(), x))
+
+
+@pytest.mark.parametrize("change", ["frozen", "cumulative", "untracked", "synchronised"])
+def test_a_conv_block_with_another_norm_calls_it(change):
+    block = normal(ConvBlock(6))
+    if change == "frozen":
+        block.norm1.eval()
+    elif change == "cumulative":
+        block.norm1.momentum = None
+    elif change == "untracked":
+        block.norm1 = nn.BatchNorm2d(6, track_running_stats=False)
+    else:
+        block.norm1 = nn.SyncBatchNorm(6)
+        block.norm1.eval()  # in training it asks for a GPU
+    other = copy.deepcopy(block)
+    x = torch.randn(3, 6, 5, 4)
+    torch.testing.assert_close(block(x), module_by_module(other, x))
+    for buffer, its in zip(block.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, its)
+
+
+def test_a_hook_sees_the_map_of_its_module():
+    block = normal(ConvBlock(6))
+    seen = []
+    block.conv1.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    x = torch.randn(2, 6, 5, 4)
+    block(x)
+    torch.testing.assert_close(seen, [F.conv2d(x, block.conv1.weight, block.conv1.bias, padding=1)])
+
+
+def test_what_is_plain():
+    mlp = Mlp(8, 16)
+    assert are_plain(mlp.fc1, mlp.act, mlp.fc2)
+    assert not are_plain(mlp.fc1, nn.Sequential(mlp.fc2))
+    assert not are_plain(type("Adapted", (nn.Linear,), {})(4, 4))
+    handle = mlp.fc2.register_full_backward_hook(lambda *_: None)
+    assert not are_plain(mlp.fc1, mlp.fc2)
+    handle.remove()
+    mlp.act.register_forward_pre_hook(lambda *_: None)
+    assert not are_plain(mlp.act)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("channels", [1, 3, 8])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_few_channels_are_padded_without_a_trace(channels, autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    conv = FewChannelConv(channels, 16, 3, 2, 1, bias=False, device="cuda", dtype=dtype)
+    x = torch.randn(2, channels, 17, 12, device="cuda", dtype=dtype)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        y, expected = conv(x), nn.Conv2d.forward(conv, x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected)
+    grad = torch.randn_like(y)
+    (found,), (usual,) = (torch.autograd.grad(result, conv.weight, grad) for result in (y, expected))
+    torch.testing.assert_close(found, usual, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.gpu
+def test_an_mlp_trains_as_its_modules_do():
+    mlp = Mlp(64, 256).cuda()
+    other = copy.deepcopy(mlp)
+    seen = []
+    other.act.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    x = torch.randn(3, 49, 64, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        y, expected = mlp(x), other(x)
+    assert len(seen) == 1
+    assert y.dtype == expected.dtype
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    expected.backward(grad)
+    for parameter, its in zip(mlp.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, its.grad, rtol=2e-2, atol=0.1)
