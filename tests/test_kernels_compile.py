@@ -110,6 +110,7 @@ def test_the_kernels_of_the_networks_compile_for_a_gpu():
         "gelu_backward_kernel",
         "layer_norm_kernel",
         "linear_kernel",
+        "mean_kernel",
         "stem_kernel",
         "stitch_kernel",
         "to_float8_kernel",

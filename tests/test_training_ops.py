@@ -132,9 +132,7 @@ def plain_mlp(*tensors):
 @pytest.mark.parametrize(
     ("rows", "channels", "hidden"), [((1, 1), 16, 64), ((3, 11), 40, 72), ((130,), 33, 7), ((0, 5), 8, 16)], ids=str
 )
-@pytest.mark.parametrize("programs", [1, 2048])
-def test_mlp(dtype, rows, channels, hidden, programs, poisoned, monkeypatch):
-    monkeypatch.setattr(mlp_op, "PROGRAMS", programs)
+def test_mlp(dtype, rows, channels, hidden, poisoned):
     tensors = mlp_inputs(rows, channels, hidden, dtype)
     check(own_mlp, plain_mlp, tensors, random(*rows, channels, dtype=dtype))
 

@@ -18,8 +18,7 @@ from mambavision.ops.launch import launcher
 from mambavision.ops.mlp.kernels import gelu_backward_kernel
 from mambavision.ops.tiles import common_unit
 
-BLOCK_M, BLOCK_N = 16, 128
-PROGRAMS = 2048  # enough for a large GPU, and few sums of the bias's gradient
+BLOCK_M, BLOCK_N = 64, 64
 
 
 @triton_op("mambavision::mlp", mutates_args=())
@@ -38,15 +37,13 @@ def mlp_backward(
     grad_y2 = grad_y.reshape(-1, grad_y.shape[-1])
     rows, columns = before.shape
     grad_before = grad_y2 @ weight2  # that of the hidden layer, at first
-    tiles = triton.cdiv(columns, BLOCK_N)
-    steps = max(1, rows * tiles // (BLOCK_M * PROGRAMS))
-    groups = triton.cdiv(rows, steps * BLOCK_M)
-    grad_bias1 = torch.empty((groups, columns), dtype=torch.float32, device=before.device)
+    blocks = triton.cdiv(rows, BLOCK_M)
+    grad_bias1 = torch.empty((blocks, columns), dtype=torch.float32, device=before.device)
     if rows:
         unit = common_unit(columns)
-        launcher(gelu_backward_kernel)[(tiles, groups)](
+        launcher(gelu_backward_kernel)[(triton.cdiv(columns, BLOCK_N), blocks)](
             grad_before, before, grad_bias1, rows, columns // unit,
-            UNIT=unit, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, STEPS=steps, num_warps=4,
+            UNIT=unit, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
     grad_weight1 = grad_before.t() @ x.reshape(-1, x.shape[-1])
     grad_bias2 = grad_y2.sum(0, dtype=torch.float32)

@@ -4,7 +4,7 @@ They read q, k and v where the projection left them, interleaved and of any widt
 places, which spares the copies that general kernels need around them.
 
 Shapes: qkv and its gradient (windows, length, 3, heads, width); out and its gradient (windows, length, heads, width);
-logs (windows, heads, length). Source: Dao, "FlashAttention-2" (arXiv 2307.08691), section 3.1.
+logs and means (windows, heads, length). Source: Dao, "FlashAttention-2" (arXiv 2307.08691), section 3.1.
 """
 
 import triton
@@ -74,11 +74,35 @@ def attend_kernel(
 
 
 @triton.jit
-def attend_backward_kernel(
-    qkv,
+def mean_kernel(
     out,
     grad_out,
+    means,  # like logs
+    length,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each query the gradients of its weights, averaged by the weights. Grid: (windows x heads, blocks of queries).
+
+    That is its output times that output's gradient.
+    """
+    INNER: tl.constexpr = HEADS * WIDTH
+    offset = (tl.program_id(0) // HEADS).to(tl.int64) * length * INNER + tl.program_id(0) % HEADS * WIDTH
+    first = tl.program_id(1) * BLOCK
+    y = _rows(out + offset, first, INNER, length, BLOCK, WIDTH, D).to(tl.float32)
+    g = _rows(grad_out + offset, first, INNER, length, BLOCK, WIDTH, D).to(tl.float32)
+    query = first + tl.arange(0, BLOCK)
+    tl.store(means + tl.program_id(0).to(tl.int64) * length + query, tl.sum(y * g, 1), mask=query < length)
+
+
+@triton.jit
+def attend_backward_kernel(
+    qkv,
+    grad_out,
     logs,
+    means,
     grad_qkv,
     length,
     HEADS: tl.constexpr,
@@ -97,12 +121,12 @@ def attend_backward_kernel(
     window = (tl.program_id(0) // HEADS).to(tl.int64)
     head = tl.program_id(0) % HEADS
     offset = window * length * INNER + head * WIDTH
-    out += offset
     grad_out += offset
     offset += window * length * (2 * INNER)
     q_at = qkv + offset
     grad_at = grad_qkv + offset
     logs += tl.program_id(0).to(tl.int64) * length
+    means += tl.program_id(0).to(tl.int64) * length
     first = tl.program_id(1) // 2 * BLOCK
     if tl.program_id(1) % 2 == 0:
         # Keys are rows, so that the weights and their gradients are operands as they come. Rows past the end are
@@ -113,11 +137,10 @@ def attend_backward_kernel(
         grad_v = tl.zeros([BLOCK, D], tl.float32)
         for start in range(0, length, STEP):
             q = _rows(q_at, start, 3 * INNER, length, STEP, WIDTH, D)
-            y = _rows(out, start, INNER, length, STEP, WIDTH, D)
             g = _rows(grad_out, start, INNER, length, STEP, WIDTH, D)
             query = start + tl.arange(0, STEP)
             log = tl.load(logs + query, mask=query < length, other=0.0)
-            mean = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)  # of the weights' gradients, by the weights
+            mean = tl.load(means + query, mask=query < length, other=0.0)
             weights = tl.exp2(tl.dot(k, tl.trans(q)) * RATE - log[None, :])
             grad_scores = weights * (tl.dot(v, tl.trans(g)) - mean[None, :])
             grad_v = tl.dot(weights.to(g.dtype), g, grad_v)
@@ -126,11 +149,10 @@ def attend_backward_kernel(
         _store_rows(grad_at + 2 * INNER, first, grad_v, 3 * INNER, length, BLOCK, WIDTH, D)
     else:
         q = _rows(q_at, first, 3 * INNER, length, BLOCK, WIDTH, D)
-        y = _rows(out, first, INNER, length, BLOCK, WIDTH, D)
         g = _rows(grad_out, first, INNER, length, BLOCK, WIDTH, D)
         query = first + tl.arange(0, BLOCK)
         log = tl.load(logs + query, mask=query < length, other=0.0)
-        mean = tl.sum(y.to(tl.float32) * g.to(tl.float32), 1)
+        mean = tl.load(means + query, mask=query < length, other=0.0)
         grad_q = tl.zeros([BLOCK, D], tl.float32)
         for start in range(0, length, STEP):
             k = _rows(q_at + INNER, start, 3 * INNER, length, STEP, WIDTH, D)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from mambavision.ops.launch import launcher
-from mambavision.ops.window_attention.kernels import attend_backward_kernel, attend_kernel
+from mambavision.ops.window_attention.kernels import attend_backward_kernel, attend_kernel, mean_kernel
 
 BLOCK, STEP, WARPS, STAGES = 64, 32, 4, 3
 
@@ -38,8 +38,14 @@ def window_attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, logs: 
     windows, length, inner = qkv.shape
     grad_qkv = torch.empty((windows, length, inner), dtype=qkv.dtype, device=qkv.device)
     if out.numel():
-        launcher(attend_backward_kernel)[(windows * num_heads, 2 * triton.cdiv(length, BLOCK))](
-            qkv.contiguous(), out, grad_out.contiguous(), logs, grad_qkv, length, **_settings(inner, num_heads)
+        settings = _settings(inner, num_heads)
+        grad_out = grad_out.contiguous()
+        means = torch.empty_like(logs)
+        blocks = triton.cdiv(length, BLOCK)
+        once = {name: settings[name] for name in ("HEADS", "WIDTH", "D", "BLOCK", "num_warps")}
+        launcher(mean_kernel)[(windows * num_heads, blocks)](out, grad_out, means, length, **once)
+        launcher(attend_backward_kernel)[(windows * num_heads, 2 * blocks)](
+            qkv.contiguous(), grad_out, logs, means, grad_qkv, length, **settings
         )
     return grad_qkv
 
