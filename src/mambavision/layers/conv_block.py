@@ -35,13 +35,14 @@ class ConvBlock(nn.Module):
 
 def _normed_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)). In training the norm takes off what is constant, so the bias is spared two passes over the map."""
-    if not (norm.training and are_plain(conv, norm)) or norm.running_mean is None or norm.momentum is None:
+    momentum = norm.momentum
+    if not (norm.training and are_plain(conv, norm)) or norm.running_mean is None or momentum is None or momentum == 1:
         return norm(conv(x))
     bias = cast("Tensor", conv.bias)
-    mean = norm.running_mean - bias.detach()
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-    shift = norm.bias + 0 * bias  # whose gradient is zero, and not missing
-    y = F.batch_norm(y, mean, norm.running_var, norm.weight, shift, True, norm.momentum, norm.eps)
-    norm.running_mean.copy_(mean + bias.detach())
+    # So that behind the norm's own step, (1 - momentum) old + momentum new, the bias counts in the mean.
+    norm.running_mean.add_(bias.detach(), alpha=momentum / (1 - momentum))
+    shift = norm.bias + (bias - bias)  # so that its gradient is zero, and not missing
+    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, shift, True, momentum, norm.eps)
     cast("Tensor", norm.num_batches_tracked).add_(1)
     return y
