@@ -42,13 +42,15 @@ def test_a_conv_block_trains_as_its_modules_do():
     torch.testing.assert_close(block.eval()(x), module_by_module(other.eval(), x))
 
 
-@pytest.mark.parametrize("change", ["frozen", "cumulative", "untracked", "synchronised"])
+@pytest.mark.parametrize("change", ["frozen", "cumulative", "forgetful", "untracked", "synchronised"])
 def test_a_conv_block_with_another_norm_calls_it(change):
     block = normal(ConvBlock(6))
     if change == "frozen":
         block.norm1.eval()
     elif change == "cumulative":
         block.norm1.momentum = None
+    elif change == "forgetful":
+        block.norm1.momentum = 1.0
     elif change == "untracked":
         block.norm1 = nn.BatchNorm2d(6, track_running_stats=False)
     else:

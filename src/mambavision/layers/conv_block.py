@@ -35,10 +35,9 @@ class ConvBlock(nn.Module):
 
 def _normed_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)). In training the norm takes off what is constant, so the bias is spared two passes over the map."""
-    momentum = norm.momentum
-    if not (norm.training and are_plain(conv, norm)) or norm.running_mean is None or momentum is None or momentum == 1:
+    if not (norm.training and are_plain(conv, norm)) or norm.running_mean is None or norm.momentum in (None, 1):
         return norm(conv(x))
-    bias = cast("Tensor", conv.bias)
+    bias, momentum = cast("Tensor", conv.bias), norm.momentum
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     # So that behind the norm's own step, (1 - momentum) old + momentum new, the bias counts in the mean.
     norm.running_mean.add_(bias.detach(), alpha=momentum / (1 - momentum))
