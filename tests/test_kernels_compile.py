@@ -66,7 +66,7 @@ for network, batch in networks:
             names |= {key[0].fn.__name__ for key in launch._pending}
 
 # The training's own, as its operators launch them.
-from mambavision.ops.mlp.triton_op import mlp, mlp_backward
+from mambavision.ops.linear_gelu.triton_op import gelu_backward
 from mambavision.ops.selective_scan.triton_op import scan_backward, scan_for_training
 from mambavision.ops.token_conv.triton_op import token_conv_backward
 from mambavision.ops.window_attention.triton_op import window_attention, window_attention_backward
@@ -78,9 +78,7 @@ with torch.inference_mode(), launch.precompiling():
     qkv, u = random(2, 196, 3 * 320), random(2, 196, 160)
     window_attention_backward(random(2, 196, 320), qkv, *window_attention(qkv, 8), 8)
     token_conv_backward(random(2, 196, 320)[..., :160], u, torch.randn(160, 3))
-    x, weight1, weight2 = random(392, 320), random(1280, 320), random(320, 1280)
-    _, *hidden = mlp(x, weight1, random(1280), weight2, random(320))
-    mlp_backward(random(392, 320), x, weight1, weight2, *hidden)
+    gelu_backward(random(392, 1280), random(392, 1280))
     _, _, B, C = random(2, 196, 36).split([10, 10, 8, 8], dim=-1)
     scanned = u, u, torch.randn(160, 8), B, C, torch.randn(160), torch.randn(160)
     scan_backward(u, scan_for_training(*scanned)[1], *scanned)

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 from mambavision.ops.backend import Situation
-from mambavision.ops.mlp import BACKENDS as MLP_BACKENDS
-from mambavision.ops.mlp import mlp
+from mambavision.ops.linear_gelu import BACKENDS as GELU_BACKENDS
+from mambavision.ops.linear_gelu import linear_gelu
 from mambavision.ops.token_conv import token_conv
 from mambavision.ops.window_attention import BACKENDS, window_attention
 
 pytest.importorskip("triton", "3.3")
 
-from mambavision.ops.mlp import triton_op as mlp_op  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.linear_gelu import triton_op as gelu_op  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402
 from mambavision.ops.window_attention import triton_op as attention_op  # noqa: E402
 
@@ -114,40 +114,48 @@ def test_window_attention_with_large_scores_stays_finite(poisoned):
     check(own(1), sdpa(1), [qkv], random(1, 40, 16, dtype=torch.float16), slack=1e-3)
 
 
-def mlp_inputs(rows, channels, hidden, dtype):
-    weights = random(hidden, channels, dtype=dtype, scale=channels**-0.5), random(hidden, dtype=dtype)
-    back = random(channels, hidden, dtype=dtype, scale=hidden**-0.5), random(channels, dtype=dtype)
-    return [random(*rows, channels, dtype=dtype, scale=2.0), *weights, *back]
+def layer(rows, channels, hidden, dtype):
+    """x, weight and bias; the bias in float32, as autocast leaves it to the op."""
+    return [random(*rows, channels, dtype=dtype, scale=2.0), random(hidden, channels, dtype=dtype), random(hidden)]
 
 
-def own_mlp(*tensors):
-    return mlp_op.mlp(*tensors)[0]
+def scaled(function):
+    return lambda x, weight, bias: function(x, weight / weight.shape[1] ** 0.5, bias.to(x.dtype))
 
 
-def plain_mlp(*tensors):
-    return mlp(*tensors, backend="reference")
+def plain_gelu(x, weight, bias):
+    return linear_gelu(x, weight, bias, backend="reference")
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("rows", "channels", "hidden"), [((1, 1), 16, 64), ((3, 11), 40, 72), ((130,), 33, 7), ((0, 5), 8, 16)], ids=str
 )
-def test_mlp(dtype, rows, channels, hidden, poisoned):
-    tensors = mlp_inputs(rows, channels, hidden, dtype)
-    check(own_mlp, plain_mlp, tensors, random(*rows, channels, dtype=dtype))
+def test_linear_gelu(dtype, rows, channels, hidden, poisoned):
+    grad_y = random(hidden, *rows, dtype=dtype).movedim(0, -1)  # not contiguous
+    check(scaled(gelu_op.linear_gelu), scaled(plain_gelu), layer(rows, channels, hidden, dtype), grad_y)
 
 
-def test_the_mlp_kernel_runs_only_where_there_will_be_a_backward():
-    assert "for the backward" in MLP_BACKENDS[0].refusal(Situation("cuda", torch.float16))
-    assert "too wide" in MLP_BACKENDS[0].refusal(Situation("cuda", torch.float64, differentiated=True))
-    assert MLP_BACKENDS[0].refusal(Situation("cuda", torch.bfloat16, differentiated=True)) is None
-    with pytest.raises(ValueError, match="x must have 8 channels"):
-        mlp(torch.ones(2, 5), torch.ones(16, 8), torch.ones(16), torch.ones(8, 16), torch.ones(8))
+def test_a_bias_keeps_its_own_type():
+    x, weight, bias = layer((70,), 16, 24, torch.float32)
+    before = (x @ weight.t() / 4).half()
+    bias.requires_grad_()
+    gelu_op.gelu(before, bias).backward(grad := random(70, 24, dtype=torch.float16))
+    slope = torch.autograd.functional.jvp(F.gelu, before.double(), torch.ones_like(before).double())[1]
+    assert bias.grad.dtype == torch.float32
+    torch.testing.assert_close(bias.grad.double(), (grad * slope).sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gelu_kernel_runs_only_where_there_will_be_a_backward():
+    assert "for the backward" in GELU_BACKENDS[0].refusal(Situation("cuda", torch.float16))
+    assert "too wide" in GELU_BACKENDS[0].refusal(Situation("cuda", torch.float64, differentiated=True))
+    assert GELU_BACKENDS[0].refusal(Situation("cuda", torch.bfloat16, differentiated=True)) is None
 
 
 def test_an_empty_batch_has_empty_results():
     for y in gradients(own(2), [random(0, 5, 24, dtype=torch.float16)], random(0, 5, 8, dtype=torch.float16)):
         assert y.numel() == 0
+    assert not gradients(gelu_op.gelu, [random(0, 5, 8), random(8)], random(0, 5, 8))[2].any()
     y, grad_x, grad_weight = gradients(token_conv_op.token_conv, [random(0, 5, 8), random(8, 3)], random(0, 5, 8))
     assert y.numel() == grad_x.numel() == 0
     assert not grad_weight.any()
@@ -193,13 +201,13 @@ def test_token_conv_at_the_sizes_of_the_networks(dtype, windows, length, channel
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("rows", "channels", "hidden"), [((25088,), 320, 1280), ((6272,), 640, 2560), ((3136,), 784, 3136)]
 )
-def test_mlp_at_the_sizes_of_the_networks(dtype, rows, channels, hidden, poisoned):
-    tensors = mlp_inputs(rows, channels, hidden, dtype)
-    check(own_mlp, plain_mlp, tensors, random(*rows, channels, dtype=dtype))
+def test_linear_gelu_at_the_sizes_of_the_networks(dtype, rows, channels, hidden, poisoned):
+    grad_y = random(*rows, hidden, dtype=dtype)
+    check(scaled(gelu_op.linear_gelu), scaled(plain_gelu), layer(rows, channels, hidden, dtype), grad_y)
 
 
 @pytest.mark.gpu
@@ -208,18 +216,19 @@ def test_the_operators_are_registered_as_torch_asks():
     torch.library.opcheck(attention_op.window_attention, (qkv, 2))
     x, weight = random(2, 49, 16, dtype=torch.bfloat16).requires_grad_(), random(16, 3).requires_grad_()
     torch.library.opcheck(token_conv_op.token_conv, (x, weight))
-    layers = [tensor.requires_grad_() for tensor in mlp_inputs((2, 49), 16, 64, torch.bfloat16)]
-    torch.library.opcheck(mlp_op.mlp, layers)
+    bias = random(16).requires_grad_()
+    torch.library.opcheck(gelu_op.gelu, (x, bias))
 
 
 @pytest.mark.gpu
 def test_compiled_gradients_are_those_of_eager():
-    layers = mlp_inputs((1,), 16, 64, torch.bfloat16)[1:]
-    tensors = [random(4, 49, 48, dtype=torch.bfloat16), random(16, 3), *layers]
-    grad_y = random(4, 49, 16, dtype=torch.bfloat16)
+    tensors = [random(4, 49, 48, dtype=torch.bfloat16), random(16, 3), random(64, 16), random(64)]
+    grad_y = random(4, 49, 64, dtype=torch.bfloat16)
 
-    def function(qkv, weight, *layers):
-        return mlp(token_conv(window_attention(qkv, num_heads=2), weight), *layers)
+    def function(qkv, taps, weight, bias):
+        mixed = token_conv(window_attention(qkv, num_heads=2), taps)
+        with torch.autocast("cuda", torch.bfloat16):
+            return linear_gelu(mixed, weight, bias)
 
     compiled = gradients(torch.compile(function, fullgraph=True), tensors, grad_y)
     for actual, expected in zip(compiled, gradients(function, tensors, grad_y), strict=True):

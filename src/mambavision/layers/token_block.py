@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.drop_path import DropPath
 from mambavision.layers.plain import are_plain
-from mambavision.ops import mlp
+from mambavision.ops import linear_gelu
 
 
 class Mlp(nn.Module):
@@ -22,11 +22,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim), the same out
-        if x.is_cuda and torch.is_grad_enabled() and are_plain(self.fc1, self.act, self.fc2):
-            if torch.is_autocast_enabled("cuda"):
-                x = x.to(torch.get_autocast_dtype("cuda"))
-            weights = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            return mlp(x, *(tensor.to(x.dtype) for tensor in weights))
+        if x.is_cuda and are_plain(self.fc1, self.act):
+            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(self.act(self.fc1(x)))
 
 

@@ -1,4 +1,4 @@
-"""The backward of the MLP's GELU with the sums that the bias before it needs, in Triton; `triton_op` launches it."""
+"""The backward of a GELU with the sums that the bias before it needs, in Triton; `triton_op` launches it."""
 
 import triton
 import triton.language as tl
@@ -6,8 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def gelu_backward_kernel(
-    grad,  # (rows, columns): of the GELU's result, replaced by that of its argument
-    before,  # (rows, columns): its argument
+    grad_y,  # (rows, columns)
+    before,  # (rows, columns): the GELU's argument
+    grad_before,  # (rows, columns)
     grad_bias,  # (blocks of rows, columns): what each adds, float32
     rows,
     columns,  # in units of UNIT elements, so that the compiler knows what divides it
@@ -22,8 +23,8 @@ def gelu_backward_kernel(
     there = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     v = tl.load(before + at, mask=there, other=0.0).to(tl.float32)
-    new = tl.load(grad + at, mask=there, other=0.0).to(tl.float32)
+    new = tl.load(grad_y + at, mask=there, other=0.0).to(tl.float32)
     # The normal distribution's integral and v times its density.
     new *= 0.5 + 0.5 * tl.erf(0.7071067811865476 * v) + v * (0.3989422804014327 * tl.exp2(-0.7213475204444817 * v * v))
-    tl.store(grad + at, new.to(grad.dtype.element_ty), mask=there)
+    tl.store(grad_before + at, new.to(grad_before.dtype.element_ty), mask=there)
     tl.store(grad_bias + tl.program_id(1) * columns + column, tl.sum(new, 0), mask=column < columns)

@@ -1,0 +1,66 @@
+"""The GELU as an operator that PyTorch knows, whose backward makes the bias's gradient in the same pass.
+
+PyTorch's own reads the hidden layer, of which an MLP has most, once more for it. Imported only where the backend runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+from torch.library import triton_op
+
+from mambavision.ops.launch import launcher
+from mambavision.ops.linear_gelu.kernels import gelu_backward_kernel
+from mambavision.ops.tiles import common_unit
+
+BLOCK_M, BLOCK_N = 64, 64
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Arguments and result as in `mambavision.ops.linear_gelu`."""
+    y: Tensor = gelu(F.linear(x, weight, bias.detach()), bias)
+    return y
+
+
+@triton_op("mambavision::gelu", mutates_args=())
+def gelu(before: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001  (it is here for its gradient)
+    """GELU(before), where `before`, (..., columns), has `bias` in it already."""
+    return F.gelu(before)
+
+
+@triton_op("mambavision::gelu_backward", mutates_args=())
+def gelu_backward(grad_y: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `before`, contiguous, and of the bias, float32."""
+    columns = before.shape[-1]
+    grad_y, before = (tensor.reshape(-1, columns).contiguous() for tensor in (grad_y, before))
+    rows = before.shape[0]
+    blocks = triton.cdiv(rows, BLOCK_M)
+    grad_before = torch.empty((rows, columns), dtype=before.dtype, device=before.device)
+    grad_bias = torch.empty((blocks, columns), dtype=torch.float32, device=before.device)
+    if rows:
+        unit = common_unit(columns)
+        launcher(gelu_backward_kernel)[(triton.cdiv(columns, BLOCK_N), blocks)](
+            grad_y, before, grad_before, grad_bias, rows, columns // unit,
+            UNIT=unit, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+        )  # fmt: skip
+    return grad_before, grad_bias.sum(0)
+
+
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:  # noqa: ARG001  (PyTorch's signature)
+    before, bias = inputs
+    ctx.save_for_backward(before)
+    ctx.bias_type = bias.dtype
+
+
+def _differentiate(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor]:
+    (before,) = ctx.saved_tensors
+    grad_before, grad_bias = gelu_backward(grad_y, before)
+    return grad_before.view(before.shape), grad_bias.to(ctx.bias_type)
+
+
+gelu.register_autograd(_differentiate, setup_context=_setup_context)
