@@ -357,6 +357,16 @@ def test_a_bad_query_is_named_and_the_rest_is_answered(capsys, table, tmp_path):
     assert [record["picture"] for record in json.loads(out)] == [str(CAT)]
 
 
+def test_weights_that_are_gone_are_asked_for(capsys, checkpoint, tmp_path):
+    table, copy = tmp_path / "samples.npz", tmp_path / "copy.safetensors"
+    shutil.copy(checkpoint, copy)
+    assert run(capsys, "embed", CAT, "-o", table, "--checkpoint", copy)[0] == 0
+    copy.unlink()
+    code, _, err = run(capsys, "neighbours", table, CAT)
+    assert code == 2
+    assert f"{table} was made with {copy}, which is not there: name these weights with --checkpoint." in err
+
+
 def test_other_weights_are_no_neighbours(capsys, table, tmp_path):
     torch.manual_seed(1)
     network = create_model("mamba_vision_test_tiny")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from mambavision import create_model
 from mambavision.cli import main
+from mambavision.cli.evaluate import distinct
 from mambavision.data import DataError
 from mambavision.data.folder import open_pictures
 from mambavision.engine.evaluate import evaluate, match_classes
@@ -113,6 +114,14 @@ def test_accuracy_by_hand():
     assert np.isnan(result.per_class[7])
     assert (result.count, result.bad) == (40, bad)
     assert model.training  # as before
+
+
+def test_a_name_of_two_classes_matches_neither_and_is_told_apart(tmp_path):
+    make_folder(tmp_path / "val", 6)
+    pictures = open_pictures(tmp_path / "val")
+    with pytest.raises(DataError, match=f"does not know 1 .*{CLASSES[0]}"):
+        match_classes(pictures, [CLASSES[0], *CLASSES])
+    assert distinct(["crane", "cat", "crane"]) == ["crane (0)", "cat", "crane (2)"]
 
 
 def test_classes_are_matched_by_name_then_by_order(tmp_path):

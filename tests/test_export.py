@@ -8,6 +8,7 @@ import torch
 from mambavision import create_model
 from mambavision.cli import main
 from mambavision.export import check, formats, graph, pictures
+from mambavision.inference import optimize
 from mambavision.inference.images import sample_pictures
 
 
@@ -93,7 +94,7 @@ def test_batches_are_filled_with_the_first():
     assert torch.stack(pictures.in_batches(torch.arange(4), 2)).tolist() == [[0, 1], [2, 3]]
 
 
-def test_calibration_takes_the_photographs_a_folder_or_pictures(nano, tmp_path):
+def test_calibration_takes_the_photographs_a_folder_or_pictures(nano, tmp_path, caplog):
     photographs = len(sample_pictures())
     views = torch.cat(pictures.calibration_batches(nano, None, uint8=False))
     assert views.shape == (10 * photographs, 3, 32, 32)
@@ -105,6 +106,11 @@ def test_calibration_takes_the_photographs_a_folder_or_pictures(nano, tmp_path):
     assert len(pictures.calibration_batches(nano, sample_pictures()[:2] * 200, uint8=False)) == 256
     assert "sample photographs" in pictures.describe_calibration(None, [views])
     with pytest.raises(ValueError, match="is a folder without pictures"):
+        pictures.calibration_batches(nano, tmp_path, uint8=False)
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    assert len(pictures.calibration_batches(nano, [tmp_path / "broken.jpg", sample_pictures()[0]], uint8=False)) == 1
+    assert f"{tmp_path / 'broken.jpg'} is not a picture" in caplog.text
+    with pytest.raises(ValueError, match="None of the pictures"):
         pictures.calibration_batches(nano, tmp_path, uint8=False)
     with pytest.raises(ValueError, match="no pictures"):
         pictures.calibration_batches(nano, [], uint8=False)
@@ -177,6 +183,26 @@ def test_a_missing_library_is_one_sentence(name, missing, install, monkeypatch, 
 def test_without_a_compiler_aoti_says_so(nano, monkeypatch, tmp_path):
     from mambavision.export.aoti import export_aoti
 
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("shutil.which", lambda _: None)
     with pytest.raises(check.ExportError, match=r"needs a C\+\+ compiler"):
         export_aoti(nano, tmp_path / "nano.pt2")
+    monkeypatch.setenv("CXX", "my-compiler")
+    monkeypatch.setattr("shutil.which", lambda name: None if name == "my-compiler" else name)
+    with pytest.raises(check.ExportError, match="there is no my-compiler, which CXX names"):
+        export_aoti(nano, tmp_path / "nano.pt2")
+
+
+def test_what_is_no_network_to_export_is_one_sentence(nano):
+    with pytest.raises(TypeError, match="Export takes a network of create_model, got Linear"):
+        check.check_model(torch.nn.Linear(2, 2))
+    wrapped = torch.nn.Module()
+    wrapped.model = nano
+    with pytest.raises(TypeError, match=r"got Module: pass its `\.model`"):
+        check.check_model(wrapped)
+    with pytest.raises(ValueError, match="optimised network cannot be exported"):
+        check.check_model(optimize(nano))
+    with pytest.raises(ValueError, match=r"export model\.float\(\)"):
+        check.check_model(create_model("mamba_vision_test_tiny", dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="1 or 3 channels, and the model takes 4"):
+        check.check_model(create_model("mamba_vision_test_tiny", in_chans=4))

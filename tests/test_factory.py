@@ -76,6 +76,12 @@ def test_a_checkpoint_of_ours_carries_everything(own_checkpoint):
         create_model(None)
 
 
+def test_a_checkpoint_that_names_no_network_asks_for_it(tmp_path):
+    torch.save(create_model(TINY).state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(CheckpointError, match=r"bare\.pth does not say which network it is of: name the model, too"):
+        create_model(None, checkpoint_path=tmp_path / "bare.pth")
+
+
 def test_a_checkpoint_of_another_architecture_is_named(own_checkpoint):
     with pytest.raises(CheckpointError, match=r"is no mamba_vision_T: it has dim 8 instead of 80"):
         create_model("mamba_vision_T", checkpoint_path=own_checkpoint)

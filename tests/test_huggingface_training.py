@@ -131,11 +131,12 @@ def test_mask2former_segments():
     step(model, model.model.pixel_level_module.encoder, output.loss)
 
 
-def test_rt_detr_detects():
+@pytest.mark.parametrize("frozen", [True, False])
+def test_rt_detr_detects(frozen):
     pytest.importorskip("scipy")
     config = transformers.RTDetrConfig(
         backbone_config=tiny_config(out_features=STAGES[1:], layer_scale=0.1),
-        freeze_backbone_batch_norms=False,
+        freeze_backbone_batch_norms=frozen,
         encoder_hidden_dim=16,
         encoder_in_channels=[16, 32, 64],
         encoder_layers=1,

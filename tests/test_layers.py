@@ -42,6 +42,49 @@ def test_a_conv_block_trains_as_its_modules_do():
     torch.testing.assert_close(block.eval()(x), module_by_module(other.eval(), x))
 
 
+@pytest.mark.parametrize("graded", [True, False])
+def test_a_conv_block_may_run_again_before_its_backward(graded):
+    block = normal(ConvBlock(6)).double()
+    other = copy.deepcopy(block)
+    first, second = torch.randn(2, 3, 6, 5, 4).double()
+    losses = []
+    for function in (block, lambda x: module_by_module(other, x)):
+        loss = function(first).square().sum()
+        with torch.set_grad_enabled(graded):
+            more = function(second).square().sum()
+        loss = loss + more
+        losses.append(loss)
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for (name, parameter), (_, its) in zip(block.named_parameters(), other.named_parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, its.grad, msg=name)
+    for buffer, its in zip(block.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, its)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"dilation": 2, "padding": "same"}, {"padding_mode": "circular"}, {"groups": 3}, {"bias": False}],
+    ids=str,
+)
+def test_a_conv_block_heeds_the_settings_of_its_modules(settings):
+    block = normal(ConvBlock(6))
+    block.conv1 = normal(nn.Conv2d(6, 6, 3, **{"padding": 1, **settings}))
+    block.norm2 = nn.BatchNorm2d(6, affine=False)
+    other = copy.deepcopy(block)
+    x = torch.randn(3, 6, 5, 4)
+    torch.testing.assert_close(block(x), module_by_module(other, x))
+    for buffer, its in zip(block.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, its)
+
+
+def test_a_forward_that_fails_leaves_the_statistics():
+    block = normal(ConvBlock(6))
+    with pytest.raises(ValueError, match="more than 1 value"):
+        block(torch.randn(1, 6, 1, 1))
+    assert not block.norm1.running_mean.any()
+
+
 @pytest.mark.parametrize("change", ["frozen", "cumulative", "forgetful", "untracked", "synchronised"])
 def test_a_conv_block_with_another_norm_calls_it(change):
     block = normal(ConvBlock(6))
@@ -80,8 +123,14 @@ def test_what_is_plain():
     handle = mlp.fc2.register_full_backward_hook(lambda *_: None)
     assert not are_plain(mlp.fc1, mlp.fc2)
     handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    assert not are_plain(mlp.fc1)
+    handle.remove()
     mlp.act.register_forward_pre_hook(lambda *_: None)
     assert not are_plain(mlp.act)
+    assert are_plain(mlp.fc1)
+    mlp.fc1.forward = lambda x: x
+    assert not are_plain(mlp.fc1)
 
 
 @pytest.mark.gpu
@@ -101,8 +150,13 @@ def test_few_channels_are_padded_without_a_trace(channels, autocast):
 
 
 @pytest.mark.gpu
-def test_an_mlp_trains_as_its_modules_do():
-    mlp = Mlp(64, 256).cuda()
+@pytest.mark.parametrize("change", [None, "tanh", "no bias"])
+def test_an_mlp_trains_as_its_modules_do(change):
+    mlp = normal(Mlp(64, 256)).cuda()
+    if change == "tanh":
+        mlp.act = nn.GELU("tanh")
+    if change == "no bias":
+        mlp.fc1.bias = None
     other = copy.deepcopy(mlp)
     seen = []
     other.act.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))

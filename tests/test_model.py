@@ -155,7 +155,10 @@ def test_windows_are_put_back_where_they_were(size):
     assert torch.equal(windows[0, 0], x[0, :, 0, 0])
     if columns > 1:
         assert torch.equal(windows[1, 0], x[0, :, 0, size])  # row-major: the next window is to the right
-    assert torch.equal(window_reverse(windows, size, 6, 7), x)
+    back = window_reverse(windows, size, 6, 7)
+    assert torch.equal(back, x)
+    assert back.is_contiguous(memory_format=torch.channels_last)
+    assert back.view(2, 5, -1).shape == (2, 5, 42)  # as decoders do
 
 
 def test_padding_is_zero_on_the_right_and_at_the_bottom():

@@ -131,8 +131,8 @@ class MambaVisionConfig:
             object.__setattr__(self, name, tuple(values))
         object.__setattr__(self, "stem_strides", _pair("stem_strides", self.stem_strides))
         if self.class_names is not None:
-            if isinstance(self.class_names, str) or len(set(self.class_names)) != len(self.class_names):
-                raise ValueError(f"class_names must be different names in a list, got {self.class_names!r}.")
+            if isinstance(self.class_names, str):  # two classes may have one name, as ImageNet's two cranes do
+                raise ValueError(f"class_names must be a list of names, got the text {self.class_names!r}.")
             object.__setattr__(self, "class_names", tuple(self.class_names))
         if isinstance(self.preprocessing, Mapping):
             object.__setattr__(self, "preprocessing", Preprocessing(**self.preprocessing))

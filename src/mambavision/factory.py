@@ -112,7 +112,9 @@ def create_model(
     elif checkpoint is not None and checkpoint.config is not None:
         config = _reconciled(config, checkpoint.config, model_name, str(checkpoint.path))
     if config is None:
-        raise ValueError("Without a model name, checkpoint_path must name a checkpoint that carries its architecture.")
+        if checkpoint is None:
+            raise ValueError("Give a model name, or a checkpoint that carries its architecture.")
+        raise CheckpointError(f"{checkpoint.path} does not say which network it is of: name the model, too.")
     config = adapted_config(
         config,
         num_classes=num_classes,

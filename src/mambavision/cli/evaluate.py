@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,12 +84,19 @@ def main(argv: Sequence[str]) -> int:
     if result.bad:
         print(f"{len(result.bad)} of {len(pictures)} pictures could not be read and are left out.", file=sys.stderr)
     model = options.checkpoint or options.model or "the model in the package"
-    per_class = dict(zip(pictures.class_names, result.per_class, strict=True)) if options.per_class else {}
+    names = distinct(pictures.class_names)
+    per_class = dict(zip(names, result.per_class, strict=True)) if options.per_class else {}
     if options.format == "json":
         print(json.dumps(_as_json(model, result, per_class), indent=2))
     else:
         _print_table(model, result, per_class)
     return 1 if result.bad else 0
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, with the number of the class behind one that several have."""
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def _as_json(model: str, result: Evaluation, per_class: dict[str, float]) -> dict[str, Any]:

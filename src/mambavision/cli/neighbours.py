@@ -79,6 +79,11 @@ def _predictor(features: Features, options: argparse.Namespace) -> Predictor:
 
     if options.model is None and options.checkpoint is None:
         options.model, options.checkpoint = features.metadata.get("model"), features.metadata.get("checkpoint")
+        if options.checkpoint is not None and not Path(options.checkpoint).exists():
+            raise UsageError(
+                f"{options.features} was made with {options.checkpoint}, which is not there: "
+                "name these weights with --checkpoint."
+            )
     predictor = open_predictor(options)
     if not same_network(describe(predictor), features.metadata):
         raise UsageError(f"{options.features} was made with other weights; name them with --model or --checkpoint.")

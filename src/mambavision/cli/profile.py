@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 SUMMARY = "Show where a model spends its time: parts and operations."
 
 
+_BAR = 16  # columns of a bar
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     parser = argparse.ArgumentParser(
@@ -73,13 +76,16 @@ def _write_table(title: str, what: str, rows: Sequence[Share]) -> None:
     from rich.table import Table
 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column(what, overflow="ellipsis", max_width=44, no_wrap=True)
-    for column in ("ms", "share", "calls"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column(no_wrap=True, width=16)
-    for row in rows:
-        bar = ProgressBar(total=1.0, completed=row.share, width=16)
-        table.add_row(row.name, f"{row.milliseconds:.3f}", f"{row.share:.1%}", f"{row.calls:g}", bar)
     console = Console()
+    cells = [(f"{row.milliseconds:.3f}", f"{row.share:.1%}", f"{row.calls:g}") for row in rows]
+    widths = [max(map(len, column)) for column in zip(("ms", "share", "calls"), *cells, strict=True)]
+    # The name gives way where the terminal is narrow, never a number.
+    room = console.width - sum(widths) - _BAR - 2 * 4
+    table.add_column(what, overflow="ellipsis", max_width=max(12, min(44, room)), no_wrap=True)
+    for column, width in zip(("ms", "share", "calls"), widths, strict=True):
+        table.add_column(column, justify="right", no_wrap=True, min_width=width)
+    table.add_column(no_wrap=True, width=_BAR)
+    for row, numbers in zip(rows, cells, strict=True):
+        table.add_row(row.name, *numbers, ProgressBar(total=1.0, completed=row.share, width=_BAR))
     console.print(table)
     console.print()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -136,7 +137,8 @@ def match_classes(pictures: Pictures, class_names: Sequence[str]) -> tuple[Pictu
     Raises:
         DataError: when the classes do not fit.
     """
-    own, known = pictures.class_names, {name: number for number, name in enumerate(class_names)}
+    own, counts = pictures.class_names, Counter(class_names)
+    known = {name: number for number, name in enumerate(class_names) if counts[name] == 1}  # others name no class
     if set(own) <= set(known):
         numbers = np.array([known[name] for name in own])
         matched = Pictures(pictures.pool, pictures.indices, numbers[pictures.labels], tuple(class_names))

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mambavision.export.check import ExportError, Report, Run, write_checked
+from mambavision.export.check import ExportError, Report, Run, check_model, write_checked
 from mambavision.export.formats import as_path, check_request
 from mambavision.export.graph import Graph, metadata, trace_program
 from mambavision.models.backbone import MambaVisionBackbone
@@ -40,8 +40,12 @@ def export_aoti(
         ValueError: no such type, another suffix, a network without weights, or for other than 1 or 3 channels.
     """
     check_request("aoti", dtype)
+    check_model(model)
     path = Path(as_path(path, "aoti"))
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))):
+    named = os.environ.get("CXX")  # if it is set, no other is taken
+    if named is not None and shutil.which(named) is None:
+        raise ExportError(f"Export to AOTInductor needs a C++ compiler, and there is no {named}, which CXX names.")
+    if named is None and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         raise ExportError("Export to AOTInductor needs a C++ compiler, and none is installed: apt install g++.")
     device = next(model.parameters()).device
     kind = getattr(torch, dtype)

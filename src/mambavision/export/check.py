@@ -64,6 +64,29 @@ class Report:
     calibration: str | None = None
 
 
+def check_model(model: object) -> None:
+    """Refuse what cannot be exported.
+
+    Raises:
+        TypeError: no network of this package.
+        ValueError: an optimised one, weights in half precision, or channels that photographs do not have.
+    """
+    if not isinstance(model, MambaVisionBackbone):
+        inner = getattr(model, "model", None)
+        hint = ": pass its `.model`" if isinstance(inner, MambaVisionBackbone) else ""
+        raise TypeError(f"Export takes a network of create_model, got {type(model).__name__}{hint}.")
+    if hasattr(model, "compute_dtype"):
+        raise ValueError("An optimised network cannot be exported; export the model that it was made of.")
+    dtype = next(model.parameters()).dtype
+    if dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(f"The weights are {dtype}; export model.float(), and let `dtype` choose the file's type.")
+    if model.config.in_chans not in (1, 3):
+        raise ValueError(
+            f"An export is compared on photographs, which have 1 or 3 channels, and the model takes "
+            f"{model.config.in_chans}; such a network cannot be exported here."
+        )
+
+
 @contextmanager
 def packages(what: str, install: str) -> Iterator[None]:
     """Imports inside become one sentence when something is not installed.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambavision.export.check import Report, Run, packages, write_checked
+from mambavision.export.check import Report, Run, check_model, packages, write_checked
 from mambavision.export.formats import as_path, check_request
 from mambavision.export.graph import Graph, blank_input, metadata
 from mambavision.export.pictures import Calibration, calibration_batches, describe_calibration
@@ -51,6 +51,7 @@ def export_executorch(
             3 channels, or no pictures.
     """
     check_request("executorch", dtype, calibration)
+    check_model(model)
     path = Path(as_path(path, "executorch"))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

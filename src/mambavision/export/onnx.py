@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambavision.export.check import Report, Run, packages, write_checked
+from mambavision.export.check import Report, Run, check_model, packages, write_checked
 from mambavision.export.formats import check_request
 from mambavision.export.graph import (
     Graph,
@@ -71,6 +71,7 @@ def export_onnx(
         ValueError: no such type, a network without weights, for other than 1 or 3 channels, or no pictures.
     """
     check_request("onnx", dtype, calibration)
+    check_model(model)
     with packages("Export to ONNX", "onnx onnxruntime onnxscript"):
         import onnx
         import onnxruntime  # noqa: F401  (`open_file` needs it)

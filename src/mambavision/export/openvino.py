@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mambavision.export.check import Report, Run, packages, write_checked
+from mambavision.export.check import Report, Run, check_model, packages, write_checked
 from mambavision.export.formats import as_path, check_request
 from mambavision.export.graph import Graph, metadata
 from mambavision.export.onnx import quantize_onnx, save_onnx, trace_onnx
@@ -51,6 +51,7 @@ def export_openvino(
             pictures.
     """
     check_request("openvino", dtype, calibration)
+    check_model(model)
     path = Path(as_path(path, "openvino"))
     with packages("Export to OpenVINO", INSTALL):
         import onnx  # noqa: F401  (the graph comes from there)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from collections.abc import Iterable
 from typing import TypeAlias
@@ -12,13 +13,14 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mambavision.export.graph import normalization
-from mambavision.inference.images import Picture, find_pictures, read_image, sample_pictures
+from mambavision.inference.images import ImageError, Picture, find_pictures, read_image, sample_pictures
 from mambavision.inference.preprocess import build_transform
 from mambavision.models.backbone import MambaVisionBackbone
 
 Calibration: TypeAlias = "str | os.PathLike[str] | Iterable[Picture]"
 
 MOST_PICTURES = 256  # that int8 is calibrated on
+_logger = logging.getLogger("mambavision")
 _CROP = 3 / 4  # of each side of a sample photograph
 
 
@@ -48,8 +50,7 @@ def calibration_batches(
         batch_size: pictures a batch; the last one is filled with the first pictures.
 
     Raises:
-        ValueError: there are no pictures.
-        ImageError: one cannot be read.
+        ValueError: there are no pictures, or none that can be read; those that cannot are named in the log.
     """
     if calibration is None:
         pictures = [view for path in sample_pictures() for view in _views(read_image(path))]
@@ -64,7 +65,7 @@ def calibration_batches(
         if not named:
             raise ValueError("There are no pictures to calibrate with.")
         taken = min(len(named), MOST_PICTURES)
-        pictures = [read_image(named[place * len(named) // taken]) for place in range(taken)]
+        pictures = _readable([named[place * len(named) // taken] for place in range(taken)])
     inputs = as_input(model, _normalised(model, pictures), uint8=uint8)
     return in_batches(inputs, batch_size)
 
@@ -88,6 +89,18 @@ def describe_calibration(calibration: Calibration | None, batches: list[Tensor])
 def _normalised(model: MambaVisionBackbone, pictures: list[Image.Image]) -> Tensor:
     transform = build_transform(model.config.preprocessing, model.config.in_chans)
     return torch.stack([transform(picture) for picture in pictures])
+
+
+def _readable(pictures: list[Picture]) -> list[Image.Image]:
+    read: list[Image.Image] = []
+    for picture in pictures:
+        try:
+            read.append(read_image(picture))
+        except ImageError as error:
+            _logger.warning("Left out of the calibration: %s", error)
+    if not read:
+        raise ValueError("None of the pictures to calibrate with can be read.")
+    return read
 
 
 def _views(picture: Image.Image) -> list[Image.Image]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mambavision.export.check import Report, Run, write_checked
+from mambavision.export.check import Report, Run, check_model, write_checked
 from mambavision.export.formats import as_path, check_request
 from mambavision.export.graph import Graph, metadata, trace_program
 from mambavision.models.backbone import MambaVisionBackbone
@@ -36,6 +36,7 @@ def export_torch(
         ValueError: no such type, another suffix, a network without weights, or for other than 1 or 3 channels.
     """
     check_request("torch-export", dtype)
+    check_model(model)
     path = Path(as_path(path, "torch-export"))
     graph = Graph(model, uint8=uint8, dtype=getattr(torch, dtype))
 

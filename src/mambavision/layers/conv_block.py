@@ -35,13 +35,21 @@ class ConvBlock(nn.Module):
 
 def _normed_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     """norm(conv(x)). In training the norm takes off what is constant, so the bias is spared two passes over the map."""
-    if not (norm.training and are_plain(conv, norm)) or norm.running_mean is None or norm.momentum in (None, 1):
+    if not (are_plain(conv, norm) and _norms_by_batch(norm)) or conv.bias is None or conv.padding_mode != "zeros":
         return norm(conv(x))
-    bias, momentum = cast("Tensor", conv.bias), norm.momentum
-    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-    # So that behind the norm's own step, (1 - momentum) old + momentum new, the bias counts in the mean.
-    norm.running_mean.add_(bias.detach(), alpha=momentum / (1 - momentum))
+    bias, momentum = conv.bias, cast("float", norm.momentum)
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    # So that behind the norm's own step, (1 - momentum) old + momentum new, the bias counts in the mean. It is a new
+    # tensor, since the backward wants it unchanged and the next forward may come first.
+    mean = cast("Tensor", norm.running_mean) + bias.detach() * (momentum / (1 - momentum))
     shift = norm.bias + (bias - bias)  # so that its gradient is zero, and not missing
-    y = F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, shift, True, momentum, norm.eps)
+    y = F.batch_norm(y, mean, norm.running_var, norm.weight, shift, True, momentum, norm.eps)
+    cast("Tensor", norm.running_mean).copy_(mean)
     cast("Tensor", norm.num_batches_tracked).add_(1)
     return y
+
+
+def _norms_by_batch(norm: nn.BatchNorm2d) -> bool:
+    """Whether the norm is in training, with parameters, and keeps means that move by a part each step."""
+    moves = norm.running_mean is not None and norm.momentum is not None and norm.momentum < 1
+    return norm.training and norm.affine and moves

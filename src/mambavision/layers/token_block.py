@@ -22,7 +22,8 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim), the same out
-        if x.is_cuda and are_plain(self.fc1, self.act):
+        exact = are_plain(self.fc1, self.act) and self.act.approximate == "none"
+        if x.is_cuda and exact and self.fc1.bias is not None:
             return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
         return self.fc2(self.act(self.fc1(x)))
 

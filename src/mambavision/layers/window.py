@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def window_reverse(windows: Tensor, size: int, height: int, width: int) -> Tenso
     x = windows.reshape(windows.shape[0] // (rows * columns), rows, columns, size, size, channels)
     x = x.transpose(2, 3)  # (batch, rows, size, columns, size, channels)
     x = x.reshape(x.shape[0], rows * size, columns * size, channels).permute(0, 3, 1, 2)
-    return x[:, :, :height, :width]
+    return x[:, :, :height, :width].contiguous(memory_format=torch.channels_last)  # of a map without padding, itself
 
 
 def _whole_windows(length: int, size: int) -> int:

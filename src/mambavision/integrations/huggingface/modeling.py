@@ -106,8 +106,9 @@ class MambaVisionPreTrainedModel(PreTrainedModel):
             convolutional = isinstance(module, ConvBlock)
             for gamma in own:
                 gamma.fill_(self.config.layer_scale_conv if convolutional else self.config.layer_scale)
-        else:
-            module.reset_parameters()  # type: ignore[operator]  # convolutions and norms start as PyTorch's do
+        elif hasattr(module, "reset_parameters"):  # convolutions and norms start as PyTorch's do
+            module.reset_parameters()  # type: ignore[operator]
+        # Others have come in from outside with their values, as the frozen norms of a detector have.
         for tensor, value in kept:
             tensor.copy_(value)
 

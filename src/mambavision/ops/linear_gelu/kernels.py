@@ -16,10 +16,12 @@ def gelu_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """One pass over both. Grid: (tiles of columns, blocks of rows)."""
+    """One pass over both. Grid: (blocks of rows x tiles of columns,)."""
     columns = columns * UNIT
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(columns, BLOCK_N)
+    block = tl.program_id(0) // tiles
+    column = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = block * BLOCK_M + tl.arange(0, BLOCK_M)
     there = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     v = tl.load(before + at, mask=there, other=0.0).to(tl.float32)
@@ -27,4 +29,4 @@ def gelu_backward_kernel(
     # The normal distribution's integral and v times its density.
     new *= 0.5 + 0.5 * tl.erf(0.7071067811865476 * v) + v * (0.3989422804014327 * tl.exp2(-0.7213475204444817 * v * v))
     tl.store(grad_before + at, new.to(grad_before.dtype.element_ty), mask=there)
-    tl.store(grad_bias + tl.program_id(1) * columns + column, tl.sum(new, 0), mask=column < columns)
+    tl.store(grad_bias + block * columns + column, tl.sum(new, 0), mask=column < columns)

@@ -44,7 +44,7 @@ def gelu_backward(grad_y: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     grad_bias = torch.empty((blocks, columns), dtype=torch.float32, device=before.device)
     if rows:
         unit = common_unit(columns)
-        launcher(gelu_backward_kernel)[(triton.cdiv(columns, BLOCK_N), blocks)](
+        launcher(gelu_backward_kernel)[(blocks * triton.cdiv(columns, BLOCK_N),)](
             grad_y, before, grad_before, grad_bias, rows, columns // unit,
             UNIT=unit, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip

@@ -81,7 +81,8 @@ def selective_scan(
         h[c, n] = exp(step * A[c, n]) * h[c, n] + step * B[t, n] * x[t, c]
         y[t, c] = sum over n of C[t, n] * h[c, n] + D[c] * x[t, c]
 
-    Steps and states are float32 whatever the inputs' type (float64 for float64 inputs). Inputs may be strided views.
+    Steps and states are float32 whatever the inputs' type (float64 for float64 inputs); of 16-bit inputs without a
+    gradient, a GPU's steps are exact to 6e-5 of their size. Inputs may be strided views.
 
     Args:
         x: input, (batch, length, channels), any floating type.

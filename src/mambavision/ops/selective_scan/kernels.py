@@ -29,7 +29,7 @@ import triton.language as tl
 
 @triton.jit
 def _softplus(v, SHORT: tl.constexpr):
-    """exp(-|v|) and log(1 + exp(v)); with SHORT within 6e-5 of it, an eighth of what float16 rounds a step by."""
+    """exp(-|v|) and log(1 + exp(v)); with SHORT within 6e-5 of its size, an eighth of float16's."""
     e = tl.exp2(-1.4426950408889634 * tl.abs(v))
     # log1p(e) = e P(e) on [0, 1], P minimax in the relative error.
     if SHORT:

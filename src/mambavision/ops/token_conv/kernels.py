@@ -21,9 +21,10 @@ def token_conv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """SiLU of each channel's convolution over the tokens of its window. Grid: (tiles of channels, tiles of tokens)."""
-    row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """SiLU of each channel's convolution over the tokens of its window. Grid: (tiles,)."""
+    tiles = tl.cdiv(channels, BLOCK_N)
+    row = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    channel = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     token = row % length
     there = (row < rows)[:, None] & (channel < channels)[None, :]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -47,6 +48,7 @@ def token_conv_backward_kernel(
     rows,
     length,
     channels,
+    steps,
     x_row,  # row strides in units of UNIT elements, so that the compiler knows what divides them
     grad_y_row,
     grad_x_row,
@@ -54,22 +56,23 @@ def token_conv_backward_kernel(
     KERNEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STEPS: tl.constexpr,
 ):
-    """STEPS blocks of tokens. Grid: (tiles of channels, groups of blocks).
+    """`steps` blocks of tokens. Grid: (groups of blocks x tiles of channels,).
 
     A token's gradient needs those of its neighbours' sums, which are made anew from their own neighbours: cheaper than
     a pass through memory.
     """
     REACH: tl.constexpr = KERNEL // 2
-    channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tiles = tl.cdiv(channels, BLOCK_N)
+    group = tl.program_id(0) // tiles
+    channel = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     real = channel < channels
     factors, sums = (), ()
     for tap in tl.static_range(KERNEL):
         factors = factors + (tl.load(weight + channel * KERNEL + tap, mask=real, other=0.0).to(tl.float32)[None, :],)
         sums = sums + (tl.zeros([BLOCK_N], tl.float32),)
-    for step in range(STEPS):
-        row = (tl.program_id(1) * STEPS + step) * BLOCK_M + tl.arange(0, BLOCK_M)
+    for step in range(steps):
+        row = (group * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         token = row % length
         there = (row < rows)[:, None] & real[None, :]
         x_at = x + row.to(tl.int64)[:, None] * (x_row * UNIT) + channel[None, :]
@@ -98,5 +101,5 @@ def token_conv_backward_kernel(
         at = grad_x + row.to(tl.int64)[:, None] * (grad_x_row * UNIT) + channel[None, :]
         tl.store(at, acc.to(grad_x.dtype.element_ty), mask=there)
     for tap in tl.static_range(KERNEL):
-        at = grad_weight + (tl.program_id(1) * channels + channel) * KERNEL + tap
+        at = grad_weight + (group * channels + channel) * KERNEL + tap
         tl.store(at, sums[tap], mask=real)

@@ -28,7 +28,7 @@ def token_conv(x: Tensor, weight: Tensor) -> Tensor:
     if rows:
         x = _rows(x)
         unit = common_unit(channels, x.stride(0))
-        launcher(token_conv_kernel)[(triton.cdiv(channels, BLOCK_N), triton.cdiv(rows, BLOCK_M))](
+        launcher(token_conv_kernel)[(triton.cdiv(channels, BLOCK_N) * triton.cdiv(rows, BLOCK_M),)](
             x, weight.contiguous(), out, rows, length, channels, x.stride(0) // unit, channels // unit,
             UNIT=unit, KERNEL=weight.shape[-1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
         )  # fmt: skip
@@ -49,10 +49,10 @@ def token_conv_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     grad_weight = torch.empty((groups, *weight.shape), dtype=torch.float32, device=x.device)
     x, grad_y = _rows(x), _rows(grad_y)
     unit = common_unit(channels, x.stride(0), grad_y.stride(0))
-    launcher(token_conv_backward_kernel)[(tiles, groups)](
+    launcher(token_conv_backward_kernel)[(tiles * groups,)](
         x, weight.contiguous(), grad_y, grad_x, grad_weight,
-        rows, length, channels, x.stride(0) // unit, grad_y.stride(0) // unit, channels // unit,
-        UNIT=unit, KERNEL=weight.shape[1], BLOCK_M=BACKWARD_M, BLOCK_N=BACKWARD_N, STEPS=steps, num_warps=4,
+        rows, length, channels, steps, x.stride(0) // unit, grad_y.stride(0) // unit, channels // unit,
+        UNIT=unit, KERNEL=weight.shape[1], BLOCK_M=BACKWARD_M, BLOCK_N=BACKWARD_N, num_warps=4,
     )  # fmt: skip
     return grad_x, grad_weight.sum(0)
 
