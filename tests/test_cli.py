@@ -233,7 +233,7 @@ def test_a_public_file_without_the_variants_name_is_wrong_use(capsys, tmp_path):
     torch.save({"state_dict": create_model("mamba_vision_test_tiny").state_dict()}, path)
     code, _, err = run(capsys, "classify", CAT, "--checkpoint", path)
     assert code == 2
-    assert "model name" in err
+    assert f"{path} does not say which network it is of: name the model, too" in err
     assert run(capsys, "classify", CAT, "--checkpoint", path, "--model", "mamba_vision_test_tiny")[0] == 0
 
 
