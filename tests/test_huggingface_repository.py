@@ -255,6 +255,15 @@ def test_the_model_in_the_package_goes_there_and_back(tmp_path):
         assert classify(str(SAMPLES / f"{name}.jpg"), top_k=1)[0]["label"] == name
 
 
+def test_a_model_saved_in_shards_is_read_by_both(tmp_path):
+    network = create_model("mamba_vision_test_tiny").eval()
+    MambaVisionForImageClassification.from_network(network).save_pretrained(tmp_path, max_shard_size="200KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(AutoModelForImageClassification.from_pretrained(tmp_path)(x).logits, network(x))
+    torch.testing.assert_close(create_model(None, checkpoint_path=tmp_path)(x), network(x))
+
+
 def test_checkpoints_of_one_model_load_into_the_others(tmp_path):
     classifier = MambaVisionForImageClassification(tiny_config())
     classifier.save_pretrained(tmp_path / "classifier")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from mambavision.config import get_config
 from mambavision.models.classifier import MambaVision
@@ -147,6 +147,40 @@ def test_broken_configuration_is_named(tmp_path, weights, text, reason):
     with pytest.raises(CheckpointError, match="config.json does not describe a MambaVision network") as caught:
         read_checkpoint(tmp_path)
     assert reason in str(caught.value)
+
+
+def test_shards_with_their_index(tmp_path, weights):
+    """What `save_pretrained` makes of large models."""
+    config = public_config(TINY)
+    folder = public_repository(tmp_path / "repository", weights, config)
+    whole = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors or model\.safetensors\.index\.json"):
+        read_checkpoint(folder)
+    names = list(whole)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, held in shards.items():
+        save_file({name: whole[name] for name in held}, folder / shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: shard for shard, held in shards.items() for name in held}}))
+    for path in (folder, index):
+        read = read_checkpoint(path)
+        assert_same(read.state_dict, weights)
+        assert read.config.class_names == tuple(f"class {index}" for index in range(10))
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"repository lacks b\.safetensors, which .*\.index\.json names"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": {"a": "../a.safetensors"}}'],
+)
+def test_a_broken_index_is_named(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    save_file({"a": torch.zeros(1)}, tmp_path / "a.safetensors")
+    with pytest.raises(CheckpointError, match=r"index\.json is not an index of shards beside it"):
+        read_checkpoint(tmp_path)
 
 
 # Broken files

@@ -1,9 +1,10 @@
 """Any supported weight file as a `Checkpoint`, without ever running what is in it.
 
 Supported are our own safetensors files, the `model.safetensors` of the public Hugging Face repositories with the
-`config.json` beside it, and PyTorch archives (`.pth.tar`, `.pth`, `.pt`). An archive is a pickle, and a pickle is a
-program: it goes through PyTorch's restricted unpickler, which builds tensors and plain containers, and here also an
-`argparse.Namespace`, because training scripts store their flags as one. Anything else is refused, not run.
+`config.json` beside it, whole or in shards with their index, and PyTorch archives (`.pth.tar`, `.pth`, `.pt`). An
+archive is a pickle, and a pickle is a program: it goes through PyTorch's restricted unpickler, which builds tensors and
+plain containers, and here also an `argparse.Namespace`, because training scripts store their flags as one. Anything
+else is refused, not run.
 
 Damage inside the tensors is found where the format has checksums: in zip archives, which PyTorch writes since 1.6.
 """
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 FIRST_CONV = "patch_embed.conv_down.0.weight"
 HEAD = "head.weight"
 HUB_MODEL = "model.safetensors"
+HUB_INDEX = "model.safetensors.index.json"  # which shard holds which tensor, where `save_pretrained` made several files
 HUB_CONFIG = "config.json"
 
 # Where training scripts keep the weights, the preferred key first: averaged weights are those that were evaluated.
@@ -49,7 +51,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Read a weight file of any supported format; the content decides which, not the name.
 
     Args:
-        path: the file, or a folder with a `model.safetensors`.
+        path: the file, or a folder with a `model.safetensors` or its shards.
 
     Raises:
         FileNotFoundError: when there is no such file.
@@ -64,21 +66,24 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         checkpoint = _read_safetensors(path)
     elif start.startswith((_ZIP_MAGIC, _PICKLE_MAGIC)):
         checkpoint = _read_archive(path)
+    elif path.name == HUB_INDEX:
+        checkpoint = _read_shards(path)
     else:
         raise CheckpointError(
             f"{path} is neither a safetensors file nor a PyTorch archive: it starts with {start[:24]!r}."
         )
     checkpoint.state_dict = without_prefixes(checkpoint.state_dict)
-    if checkpoint.config is None and path.name == HUB_MODEL and (path.parent / HUB_CONFIG).is_file():
+    if checkpoint.config is None and path.name in (HUB_MODEL, HUB_INDEX) and (path.parent / HUB_CONFIG).is_file():
         checkpoint.config = _read_hub_config(path.parent / HUB_CONFIG, checkpoint.state_dict)
     return checkpoint
 
 
 def _existing_file(path: Path) -> Path:
     if path.is_dir():
-        if not (path / HUB_MODEL).is_file():
-            raise FileNotFoundError(f"The folder {path} holds no {HUB_MODEL}; give the weight file itself.")
-        return path / HUB_MODEL
+        for name in (HUB_MODEL, HUB_INDEX):
+            if (path / name).is_file():
+                return path / name
+        raise FileNotFoundError(f"The folder {path} holds no {HUB_MODEL} or {HUB_INDEX}; give the weight file itself.")
     if not path.exists():
         raise FileNotFoundError(f"There is no weight file {path}; check the path.")
     return path
@@ -106,6 +111,20 @@ def _read_safetensors(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"The {HEADER_KEY} header of {path} is not one this version reads: {_reason(error)}."
         ) from error
+
+
+def _read_shards(index: Path) -> Checkpoint:
+    """The tensors of all files that an index names, which lie beside it."""
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError(f"shards {listed(names)}")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{index} is not an index of shards beside it: {_reason(error)}.") from error
+    if missing := [name for name in names if not (index.parent / name).is_file()]:
+        raise CheckpointError(f"{index.parent} lacks {listed(missing)}, which {index.name} names; copy it there, too.")
+    shards = [_read_safetensors(index.parent / name).state_dict for name in names]
+    return Checkpoint(state_dict={name: value for shard in shards for name, value in shard.items()}, path=index)
 
 
 def _read_archive(path: Path) -> Checkpoint:
