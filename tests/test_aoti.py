@@ -20,7 +20,7 @@ def maps(tmp_path_factory):
 
 
 @slow
-@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 128, 64), (1, 97, 70), (2, 200, 64)])
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 128, 64), (1, 97, 70), (2, 200, 64), (1, 5, 200), (1, 1, 1)])
 def test_a_backbone_gives_the_same_maps_of_any_picture(maps, shape):
     model, report = maps
     pixels = torch.randint(0, 256, (shape[0], 3, *shape[1:]), dtype=torch.uint8).permute(0, 2, 3, 1)  # strided

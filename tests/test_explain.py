@@ -74,6 +74,19 @@ def test_without_a_class_it_is_the_likeliest(predictor):
     assert explanation.probability == pytest.approx(prediction.probabilities[0], rel=1e-5)
 
 
+def test_only_an_average_has_a_class_activation_map():
+    timm = pytest.importorskip("timm")
+    import mambavision.integrations.timm  # noqa: F401  (registers)
+
+    def of_timm(pool):
+        return Predictor(timm.create_model("mamba_vision_nano_32", global_pool=pool))
+
+    assert explain(of_timm("avg"), CAT).activation.isfinite().all()
+    for pool in ("max", "catavgmax"):
+        with pytest.raises(ValueError, match=f"averages its last map, not '{pool}'"):
+            explain(of_timm(pool), CAT)
+
+
 def test_classes_by_name_and_by_place():
     assert [find_class(target, NAMES) for target in ("Tiger Cat", "siamese", "4", 0)] == [2, 1, 4, 0]
     with pytest.raises(ValueError, match=r"No class is called 'tigre cat'; the nearest names are tiger cat"):

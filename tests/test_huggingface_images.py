@@ -10,11 +10,17 @@ transformers = pytest.importorskip("transformers")
 
 from transformers import AutoImageProcessor
 
-from huggingface_models import tiny_config
-from mambavision.config import VARIANTS, Preprocessing
+from huggingface_models import tiny_config, tiny_network
+from mambavision import Predictor
+from mambavision.config import VARIANTS
 from mambavision.inference.images import SAMPLES
 from mambavision.inference.preprocess import build_transform
-from mambavision.integrations.huggingface import IMAGE_PROCESSORS, MambaVisionConfig, MambaVisionImageProcessor
+from mambavision.integrations.huggingface import (
+    IMAGE_PROCESSORS,
+    MambaVisionConfig,
+    MambaVisionForImageClassification,
+    MambaVisionImageProcessor,
+)
 
 every_backend = pytest.mark.parametrize("backend", sorted(IMAGE_PROCESSORS))
 # One of 255 grey levels in the units of the normalised picture.
@@ -98,10 +104,29 @@ def test_by_default_pictures_are_prepared_for_the_smallest_variant():
     assert torch.equal(pixels(default, photograph((300, 250))), pixels(of_model, photograph((300, 250))))
 
 
-def test_what_transformers_cannot_express_is_said():
-    wide = tiny_config(image_size=(64, 96))
-    with pytest.raises(ValueError, match="64 x 96 px from the centre"):
-        MambaVisionImageProcessor.from_model_config(wide)
-    squashed = MambaVisionImageProcessor.from_model_config(tiny_config(image_size=(64, 96), crop_mode="squash"))
-    expected = build_transform(Preprocessing(img_size=(64, 96), crop_mode="squash"))(photograph((300, 300)))
-    assert (pixels(squashed, photograph((300, 300)))[0] - expected).abs().max() < 2.1 * LEVEL
+@every_backend
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(300, 300), (90, 70), (411, 97)])
+def test_networks_of_other_shapes_and_of_one_channel(backend, crop_mode, channels, size, tmp_path):
+    config = tiny_config(image_size=(64, 96), crop_mode=crop_mode, num_channels=channels)
+    expected = build_transform(config.network_config().preprocessing, channels)(photograph(size))
+    processor = IMAGE_PROCESSORS[backend].from_model_config(config)
+    processor.save_pretrained(tmp_path)
+    for each in (processor, IMAGE_PROCESSORS[backend].from_pretrained(tmp_path)):
+        (found,) = pixels(each, photograph(size))
+        assert found.shape == (channels, 64, 96)
+        if backend == "pil":
+            torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
+        else:
+            assert (found - expected).abs().max() < 2.1 * LEVEL
+
+
+def test_a_pipeline_of_a_network_of_one_channel(tmp_path):
+    network = tiny_network(in_chans=1)
+    MambaVisionForImageClassification.from_network(network).save_pretrained(tmp_path)
+    found = transformers.pipeline("image-classification", model=str(tmp_path))(str(SAMPLES / "cat.jpg"), top_k=10)
+    (expected,) = Predictor(checkpoint=tmp_path, device="cpu")([SAMPLES / "cat.jpg"], top_k=10)
+    scores = dict(zip(expected.labels, expected.probabilities, strict=True))
+    for entry in found:
+        assert entry["score"] == pytest.approx(scores[entry["label"]], abs=1e-3)  # torchvision resizes otherwise

@@ -317,6 +317,32 @@ def test_weights_come_in_the_type_and_to_the_device_that_is_asked_for(model_clas
 
 
 @every_model
+@pytest.mark.parametrize(
+    "device_map",
+    [
+        {"model": "disk"},
+        {"model.patch_embed": "cpu", "model.levels": "disk", "model.norm": "cpu", "model.head": "disk"},
+    ],
+    ids=["whole", "levels"],
+)
+def test_weights_that_stay_on_the_disk_give_the_same_outputs(model_class, device_map, tmp_path):
+    pytest.importorskip("accelerate")
+    saved = model_class(tiny_config()).eval()
+    for name, parameter in saved.named_parameters():
+        if name.endswith("dt_proj.bias"):
+            torch.nn.init.normal_(parameter)
+    saved.save_pretrained(tmp_path)
+    device_map = {
+        name: place for name, place in device_map.items() if name == "model" or hasattr(saved.model, name[6:])
+    }
+    model = model_class.from_pretrained(tmp_path, device_map=device_map, offload_folder=tmp_path / "offloaded")
+    assert model.model.levels[2].blocks[0].mixer.dt_proj.weight.is_meta
+    x = pictures()
+    for found, expected in zip(tensors(model(x)), tensors(saved(x)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@every_model
 def test_copies_give_the_same_outputs(model_class, tmp_path):
     model, x = model_class(tiny_config()).eval(), pictures()
     torch.save(model, tmp_path / "model.pt")

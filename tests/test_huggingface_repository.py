@@ -240,6 +240,17 @@ def test_the_name_of_code_in_another_repository_is_kept(tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).to_dict()["auto_map"] == elsewhere
 
 
+def test_what_came_from_the_hub_names_its_code_there(tmp_path, monkeypatch, repository):
+    """So that whoever gets the fine-tuned weights can load them without this package."""
+    name = "someone/mambavision"
+    use_hub_cache(monkeypatch, hub_cache(tmp_path / "cache", name, repository))
+    AutoModelForImageClassification.from_pretrained(name).save_pretrained(tmp_path / "saved")
+    expected = {auto_class: f"{name}--{place}" for auto_class, place in REMOTE_CLASSES.items()}
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"] == expected
+    AutoModel.from_pretrained(tmp_path / "saved").save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == expected
+
+
 def test_the_model_in_the_package_goes_there_and_back(tmp_path):
     """It has what no public repository says: another stem, and a picture size of its own."""
     network = create_model("mamba_vision_nano_32", pretrained=True)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.mixer import MambaVisionMixer
 from mambavision.layers.plain import are_plain
 from mambavision.layers.stem import FewChannelConv
 from mambavision.layers.token_block import Mlp
@@ -171,3 +172,39 @@ def test_an_mlp_trains_as_its_modules_do(change):
     expected.backward(grad)
     for parameter, its in zip(mlp.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, its.grad, rtol=2e-2, atol=0.1)
+
+
+class Adapted(nn.Module):
+    """A linear layer inside another module, as adapters put it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base_layer = linear
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    @property
+    def bias(self):
+        return self.base_layer.bias
+
+    def forward(self, x):
+        return self.base_layer(x) + 0.5 * x.sum(-1, keepdim=True)
+
+
+def test_a_mixer_calls_its_projection_of_steps_where_that_is_more_than_a_product():
+    mixer = normal(MambaVisionMixer(16)).double()
+    x = torch.randn(3, 5, 16).double()
+    expected = mixer(x)
+    seen = []
+    handle = mixer.dt_proj.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    torch.testing.assert_close(mixer(x), expected)
+    assert len(seen) > 0
+    handle.remove()
+    linear = mixer.dt_proj
+    mixer.dt_proj = Adapted(linear)
+    adapted = mixer(x)
+    mixer.dt_proj = linear
+    linear.weight.data += 0.5
+    torch.testing.assert_close(adapted, mixer(x))

@@ -20,8 +20,8 @@ def maps(tmp_path_factory):
     return model, export_torch(model, tmp_path_factory.mktemp("torch") / "maps.pt2", uint8=True)
 
 
-# Whole windows, padding in one direction and in both, batch 1 and more.
-@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 128, 64), (1, 97, 70), (2, 200, 64)])
+# Whole windows, padding in one direction and in both, batch 1 and more, maps of a single pixel.
+@pytest.mark.parametrize("shape", [(1, 64, 64), (3, 128, 64), (1, 97, 70), (2, 200, 64), (1, 5, 200), (1, 1, 1)])
 def test_a_backbone_gives_the_same_maps_of_any_picture(maps, shape):
     model, report = maps
     pixels = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.value_ranges import ValueRanges
 
 from mambavision.inference.fuse import FusedMixer, fuse
 from mambavision.inference.predictor import class_labels
@@ -107,9 +109,12 @@ def trace_program(graph: Graph) -> torch.export.ExportedProgram:
         program = torch.export.export(
             graph, (example_input(graph),), dynamic_shapes=dynamic_dimensions(graph), strict=False
         )
-    # Tracing notes how the example's sizes compare: that something was padded, which way a map lies in memory. The
-    # traced operations are right either way, and the file would refuse every picture that windows divide.
+    # Tracing notes how the example's sizes compare: that something was padded, that no map is a single pixel, which way
+    # one lies in memory. The traced operations are right either way, and the file would refuse pictures that windows
+    # divide, and small ones.
     program._guards_code = []
+    for size in program.range_constraints:
+        program.range_constraints[size] = ValueRanges(1, int_oo)
     return program
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mambavision.export.check import Report, Run, check_model, packages, write_checked
-from mambavision.export.formats import check_request
+from mambavision.export.formats import as_path, check_request
 from mambavision.export.graph import (
     Graph,
     dynamic_dimensions,
@@ -55,7 +55,8 @@ def export_onnx(
 
     Args:
         model: a classifier or a backbone; it is left as it is.
-        path: file to write; missing folders are made. It appears only after everything has been checked.
+        path: file to write, ending in .onnx; missing folders are made. It appears only after everything has been
+            checked.
         dtype: `float32`; `float16`, weights and all but the scan; or `int8`, weights, inputs of convolutions and
             matrix products, as QuantizeLinear and DequantizeLinear, the rest in float32.
         uint8: take pictures as bytes and normalise them in the graph.
@@ -68,10 +69,12 @@ def export_onnx(
     Raises:
         ExportError: onnx, onnxscript or onnxruntime is not installed.
         DifferenceError: the reloaded file computes something else; nothing is left behind.
-        ValueError: no such type, a network without weights, for other than 1 or 3 channels, or no pictures.
+        ValueError: no such type, another suffix, a network without weights or for other than 1 or 3 channels, or no
+            pictures.
     """
     check_request("onnx", dtype, calibration)
     check_model(model)
+    path = Path(as_path(path, "onnx"))
     with packages("Export to ONNX", "onnx onnxruntime onnxscript"):
         import onnx
         import onnxruntime  # noqa: F401  (`open_file` needs it)
@@ -91,7 +94,7 @@ def export_onnx(
 
     return write_checked(
         model,
-        Path(path),
+        path,
         runtime="onnxruntime",
         dtype=dtype,
         uint8=uint8,

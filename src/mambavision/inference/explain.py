@@ -140,8 +140,10 @@ def explain(
 
     Raises:
         ImageError: the picture cannot be read.
-        ValueError: no such class, or the network's output is not finite.
+        ValueError: no such class, a network that does not average its last map, or an output that is not finite.
     """
+    if (pool := getattr(predictor.model, "global_pool", None)) is not None and pool.pool_type != "avg":  # of timm
+        raise ValueError(f"A class-activation map needs a network that averages its last map, not {pool.pool_type!r}.")
     name = picture_name(picture) or "the picture"
     chosen = None if target is None else find_class(target, predictor.labels)
     settings = predictor.config.preprocessing

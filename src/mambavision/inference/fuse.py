@@ -23,6 +23,7 @@ from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 from mambavision.ops import selective_scan
+from mambavision.ops.precision import at_least_float32
 
 Network = TypeVar("Network", bound=MambaVisionBackbone)
 
@@ -100,7 +101,7 @@ class FusedMixer(nn.Module):
         self.x_proj.weight = _constant(weight, mixer.x_proj.weight.dtype)
         scan = {"A": -mixer.A_log.double().exp(), "D": mixer.D, "dt_bias": 2 * mixer.dt_proj.bias.double()}
         for name, tensor in scan.items():
-            wide = torch.promote_types(mixer.D.dtype, torch.float32)
+            wide = at_least_float32(mixer.D.dtype)
             self.register_buffer(name, tensor.detach().to(wide))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMixer:

@@ -47,7 +47,7 @@ def build_transform(preprocessing: Preprocessing, in_chans: int = 3) -> Compose:
             *resize,
             CenterCrop((height, width)),
             ToTensor(),
-            Normalize(_per_channel(preprocessing.mean, in_chans), _per_channel(preprocessing.std, in_chans)),
+            Normalize(per_channel(preprocessing.mean, in_chans), per_channel(preprocessing.std, in_chans)),
         ]
     )
 
@@ -82,7 +82,12 @@ class TrimEnds:
         return image.crop((0, cut, image.width, image.height - cut))
 
 
-def _per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+def per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
+    """Statistics for so many channels: as they are, one repeated, or the average of several.
+
+    Raises:
+        ValueError: for any other pair of numbers.
+    """
     if len(values) == in_chans:
         return values
     if 1 in (len(values), in_chans):

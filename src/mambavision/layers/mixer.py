@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.config import StepBiasInit
+from mambavision.layers.plain import are_plain
 from mambavision.ops import selective_scan, token_conv
+from mambavision.ops.precision import at_least_float32
 
 # Range of Mamba's own initial steps (arXiv 2312.00752, section 3.6).
 _STEP_RANGE = (1e-3, 1e-1)
@@ -69,8 +71,17 @@ class MambaVisionMixer(nn.Module):
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (windows, length, half) each
         x, z = self.conv1d_x(x), self.conv1d_z(z)  # SiLU included
         dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt = F.linear(dt, self.dt_proj.weight)  # (windows, length, half)
-        A = -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
-        # The published network adds the step bias in the projection and once more in the scan; its weights need both.
-        y = selective_scan(x, dt, A, B, C, self.D, 2 * self.dt_proj.bias, backend=self.scan_backend)
+        dt, dt_bias = self._steps(dt)
+        A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
+        y = selective_scan(x, dt, A, B, C, self.D, dt_bias, backend=self.scan_backend)
         return self.out_proj(torch.cat([y, z], dim=-1))
+
+    def _steps(self, dt: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps of all channels, (windows, length, half), before the softplus, and the bias that is still to add.
+
+        The published network adds the step bias in the projection and once more in the scan; its weights need both.
+        """
+        if are_plain(self.dt_proj):
+            return F.linear(dt, self.dt_proj.weight), 2 * self.dt_proj.bias
+        # Only its own call may know the parameters, when they are offloaded or adapted: the bias is what it makes of 0.
+        return self.dt_proj(dt), self.dt_proj(dt.new_zeros(self.dt_rank))

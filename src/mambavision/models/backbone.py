@@ -216,13 +216,16 @@ class MambaVisionBackbone(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         channels = self.config.in_chans
-        weight = self.patch_embed.conv_down[0].weight
+        conv = self.patch_embed.conv_down[0]
+        offloaded = conv.weight.is_meta and "forward" in conv.__dict__  # a wrapper brings the weight when it is called
         if not isinstance(x, Tensor):
             raise TypeError(f"Expected a tensor of pictures, got {type(x).__name__}.")
         if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
             raise ValueError(f"Expected pictures as (batch, {channels}, height, width), got {tuple(x.shape)}.")
-        if x.device.type != weight.device.type:
-            raise ValueError(f"Pictures are on {x.device} and the weights on {weight.device}; move one to the other.")
+        if x.device.type != conv.weight.device.type and not offloaded:
+            raise ValueError(
+                f"Pictures are on {x.device} and the weights on {conv.weight.device}; move one to the other."
+            )
         self._check_dtype(x)
 
     def _check_dtype(self, x: Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ except ImportError:  # transformers 4
     from transformers.utils.backbone_utils import BackboneConfigMixin
 
 _DEFAULT = VARIANTS["mamba_vision_T"]
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner and repository
 
 
 class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
@@ -156,9 +159,12 @@ class MambaVisionConfig(BackboneConfigMixin, PretrainedConfig):
         return NUM_LEVELS
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it; remote code is named where it lies in another repository and so is found again."""
+        """As JSON holds it; remote code is named with the repository on the hub where it lies, or not at all."""
         fields = super().to_dict()
         auto_map = fields.pop("_auto_map", None) or {}
+        source = self.name_or_path
+        if _HUB_NAME.fullmatch(source or "") and not os.path.isdir(source):
+            auto_map = {name: place if "--" in place else f"{source}--{place}" for name, place in auto_map.items()}
         if elsewhere := {name: place for name, place in auto_map.items() if "--" in place}:
             fields["auto_map"] = elsewhere
         return fields

@@ -11,10 +11,13 @@ import math
 import os
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from transformers import PretrainedConfig
 from transformers.image_utils import ChannelDimension, PILImageResampling
 
-from mambavision.config import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from mambavision.config import IMAGENET_MEAN, IMAGENET_STD
+from mambavision.inference.preprocess import per_channel
 from mambavision.integrations.huggingface.configuration import MambaVisionConfig
 
 try:
@@ -28,36 +31,37 @@ except ImportError:  # transformers 4
     PLAIN_NAME_IS = "pil"
 
 
-def processor_fields(preprocessing: Preprocessing) -> dict[str, Any]:
-    """Settings of an image processor that prepares pictures as `preprocessing` says.
-
-    Raises:
-        ValueError: for a crop from the centre that is not square; transformers resizes by the shorter side alone.
-    """
+def processor_fields(config: MambaVisionConfig) -> dict[str, Any]:
+    """Settings of an image processor that prepares pictures as a model's configuration says."""
+    preprocessing = config.network_config().preprocessing
     height, width = preprocessing.img_size
     resized = {
         "height": math.floor(height / preprocessing.crop_pct),
         "width": math.floor(width / preprocessing.crop_pct),
     }
-    if preprocessing.crop_mode == "center":
-        if height != width:
-            raise ValueError(
-                f"No image processor crops {height} x {width} px from the centre as the network expects; "
-                f'use crop_mode "squash", or give an image processor the size and crop_size that you want.'
-            )
+    covers = preprocessing.crop_mode == "center" and height != width
+    if preprocessing.crop_mode == "center" and not covers:
         resized = {"shortest_edge": resized["height"]}
+    mean, std = (list(per_channel(values, config.num_channels)) for values in (preprocessing.mean, preprocessing.std))
     return {
         "size": resized,
+        "resize_to_cover": covers,
         "crop_size": {"height": height, "width": width},
         "resample": int(PILImageResampling[preprocessing.interpolation.upper()]),
-        "image_mean": list(preprocessing.mean),
-        "image_std": list(preprocessing.std),
+        "image_mean": mean,
+        "image_std": std,
+        "do_convert_rgb": config.num_channels == 3,
     }
 
 
 class _EvaluationTransform:
-    """What both have in common: defaults, where the crop lies, and settings from the model's own configuration."""
+    """What both have in common: defaults, where the crop lies, and settings from the model's own configuration.
 
+    With `resize_to_cover`, pictures keep their aspect ratio and cover `size` (height, width). Where one channel is
+    normalised, pictures are turned to grey.
+    """
+
+    resize_to_cover = False
     resample = PILImageResampling.BICUBIC
     size = {"shortest_edge": 224}
     default_to_square = False
@@ -76,12 +80,8 @@ class _EvaluationTransform:
 
     @classmethod
     def from_model_config(cls, config: MambaVisionConfig, **kwargs: Any) -> Any:
-        """The processor that belongs to a model; `kwargs` as for the constructor.
-
-        Raises:
-            ValueError: see `processor_fields`.
-        """
-        return cls(**{**processor_fields(config.network_config().preprocessing), **kwargs})
+        """The processor that belongs to a model; `kwargs` as for the constructor."""
+        return cls(**{**processor_fields(config), **kwargs})
 
     @classmethod
     def get_image_processor_dict(
@@ -95,7 +95,22 @@ class _EvaluationTransform:
             fields, unused = PretrainedConfig.get_config_dict(pretrained_model_name_or_path, **kwargs)
             if fields.get("model_type") != MambaVisionConfig.model_type:
                 raise
-            return processor_fields(MambaVisionConfig.from_dict(fields).network_config().preprocessing), unused
+            return processor_fields(MambaVisionConfig.from_dict(fields)), unused
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Pictures of addresses, as the base class gets them; grey for networks of one channel."""
+        found = super().fetch_images(image_url_or_urls)  # type: ignore[misc]
+        if len(self.image_mean) == 1 and isinstance(found, Image.Image):
+            return np.array(found.convert("L"))[..., None]  # (height, width, 1)
+        return found
+
+    def resize(self, image: Any, size: Any, **kwargs: Any) -> Any:
+        """Resize to `size`, or to the smallest picture that covers it; arguments as for `center_crop`."""
+        if self.resize_to_cover:
+            height, width = _extent(image, kwargs)
+            ratio = min(height / size["height"], width / size["width"])
+            size = type(size)(height=round(height / ratio), width=round(width / ratio))
+        return super().resize(image, size, **kwargs)  # type: ignore[misc]
 
     def center_crop(self, image: Any, size: Any, **kwargs: Any) -> Any:
         """Cut out the centre, where it is not between two pixels as torchvision does it: the even one of the two.
@@ -105,13 +120,22 @@ class _EvaluationTransform:
             size: mapping with `height` and `width`.
             **kwargs: what the base class takes.
         """
-        channels_last = kwargs.get("input_data_format") == ChannelDimension.LAST
-        height, width = image.shape[:2] if channels_last else image.shape[-2:]
+        height, width = _extent(image, kwargs)
         if height < size["height"] or width < size["width"]:
             return super().center_crop(image, size, **kwargs)  # type: ignore[misc]  # pads
         top, left = round((height - size["height"]) / 2), round((width - size["width"]) / 2)
         rows, columns = slice(top, top + size["height"]), slice(left, left + size["width"])
-        return image[rows, columns] if channels_last else image[..., rows, columns]
+        return image[rows, columns] if _channels_last(kwargs) else image[..., rows, columns]
+
+
+def _channels_last(options: dict[str, Any]) -> bool:
+    return options.get("input_data_format") == ChannelDimension.LAST
+
+
+def _extent(image: Any, options: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of an array or tensor."""
+    height, width = image.shape[:2] if _channels_last(options) else image.shape[-2:]
+    return height, width
 
 
 if PLAIN_NAME_IS == "torchvision":

@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from mambavision.ops.precision import at_least_float32
+
 _LOG2_E = math.log2(math.e)
 _FEW = 6  # tokens that are walked one by one sooner than in pairs
 
@@ -30,7 +32,7 @@ def selective_scan_chunked(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, dt_bias: Tensor | None = None
 ) -> Tensor:
     """Chunk-parallel scan with exact gradients; arguments and result as in `mambavision.ops.selective_scan`."""
-    dt = dt.to(torch.promote_types(dt.dtype, torch.float32))
+    dt = dt.to(at_least_float32(dt.dtype))
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     scan = _opaque_scan if _is_compiled_for_cpu(x) else _ChunkedScan.apply
@@ -88,9 +90,7 @@ class _ChunkedScan(Function):
 
 def _widen(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in float32, or in float64 where any of them is."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
+    dtype = at_least_float32(*(tensor.dtype for tensor in tensors))
     return tuple(tensor.to(dtype) for tensor in tensors)
 
 

@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mambavision.ops.precision import at_least_float32
+
 
 def selective_scan_reference(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, dt_bias: Tensor | None = None
 ) -> Tensor:
     """Sequential scan on plain autograd; arguments and result as in `mambavision.ops.selective_scan`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = at_least_float32(x.dtype)
     u, step, A, B, C = (tensor.to(dtype) for tensor in (x, dt, A, B, C))
     if dt_bias is not None:
         step = step + dt_bias.to(dtype)

@@ -1,0 +1,10 @@
+"""The type that scans and steps are computed in."""
+
+from __future__ import annotations
+
+import torch
+
+
+def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
+    """float64 where it is one of `dtypes`, else float32; plain Python, since exporters trace `torch.promote_types`."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
