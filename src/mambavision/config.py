@@ -65,6 +65,19 @@ class Preprocessing:
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}.")
 
+    def statistics(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and std for so many channels: as they are, one repeated, or the average of several.
+
+        Raises:
+            ValueError: there is another number of them.
+        """
+        count = len(self.mean)
+        if count == in_chans:
+            return self.mean, self.std
+        if 1 not in (count, in_chans):
+            raise ValueError(f"The preprocessing normalises {count} channels and the model takes {in_chans}.")
+        return (sum(self.mean) / count,) * in_chans, (sum(self.std) / count,) * in_chans
+
 
 @dataclass(frozen=True, kw_only=True)
 class MambaVisionConfig:

@@ -47,7 +47,7 @@ def build_transform(preprocessing: Preprocessing, in_chans: int = 3) -> Compose:
             *resize,
             CenterCrop((height, width)),
             ToTensor(),
-            Normalize(per_channel(preprocessing.mean, in_chans), per_channel(preprocessing.std, in_chans)),
+            Normalize(*preprocessing.statistics(in_chans)),
         ]
     )
 
@@ -80,16 +80,3 @@ class TrimEnds:
         if image.width > image.height:
             return image.crop((cut, 0, image.width - cut, image.height))
         return image.crop((0, cut, image.width, image.height - cut))
-
-
-def per_channel(values: tuple[float, ...], in_chans: int) -> tuple[float, ...]:
-    """Statistics for so many channels: as they are, one repeated, or the average of several.
-
-    Raises:
-        ValueError: for any other pair of numbers.
-    """
-    if len(values) == in_chans:
-        return values
-    if 1 in (len(values), in_chans):
-        return (sum(values) / len(values),) * in_chans
-    raise ValueError(f"The preprocessing normalises {len(values)} channels and the model takes {in_chans}.")

@@ -11,13 +11,10 @@ import math
 import os
 from typing import Any
 
-import numpy as np
-from PIL import Image
 from transformers import PretrainedConfig
-from transformers.image_utils import ChannelDimension, PILImageResampling
+from transformers.image_utils import ChannelDimension, PILImageResampling, is_pil_image, to_numpy_array
 
 from mambavision.config import IMAGENET_MEAN, IMAGENET_STD
-from mambavision.inference.preprocess import per_channel
 from mambavision.integrations.huggingface.configuration import MambaVisionConfig
 
 try:
@@ -42,14 +39,14 @@ def processor_fields(config: MambaVisionConfig) -> dict[str, Any]:
     covers = preprocessing.crop_mode == "center" and height != width
     if preprocessing.crop_mode == "center" and not covers:
         resized = {"shortest_edge": resized["height"]}
-    mean, std = (list(per_channel(values, config.num_channels)) for values in (preprocessing.mean, preprocessing.std))
+    mean, std = preprocessing.statistics(config.num_channels)
     return {
         "size": resized,
         "resize_to_cover": covers,
         "crop_size": {"height": height, "width": width},
         "resample": int(PILImageResampling[preprocessing.interpolation.upper()]),
-        "image_mean": mean,
-        "image_std": std,
+        "image_mean": list(mean),
+        "image_std": list(std),
         "do_convert_rgb": config.num_channels == 3,
     }
 
@@ -100,8 +97,8 @@ class _EvaluationTransform:
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Pictures of addresses, as the base class gets them; grey for networks of one channel."""
         found = super().fetch_images(image_url_or_urls)  # type: ignore[misc]
-        if len(self.image_mean) == 1 and isinstance(found, Image.Image):
-            return np.array(found.convert("L"))[..., None]  # (height, width, 1)
+        if len(self.image_mean) == 1 and is_pil_image(found):
+            return to_numpy_array(found.convert("L"))[..., None]  # (height, width, 1)
         return found
 
     def resize(self, image: Any, size: Any, **kwargs: Any) -> Any:
