@@ -32,10 +32,19 @@ def seeded():
 
 
 @pytest.fixture(scope="session")
-def nano_onnx(tmp_path_factory):
-    """The packaged model as an ONNX classifier, and the report of its export."""
+def onnx_exporter():
+    """Skips where there is none."""
     for package in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(package)
+    from mambavision.export.onnx import OLDEST_TORCH
+
+    if not torch.__version__ >= OLDEST_TORCH:
+        pytest.skip(f"PyTorch older than {OLDEST_TORCH}")
+
+
+@pytest.fixture(scope="session")
+def nano_onnx(onnx_exporter, tmp_path_factory):
+    """The packaged model as an ONNX classifier, and the report of its export."""
     from mambavision import create_model
     from mambavision.export.onnx import export_onnx
 

@@ -60,6 +60,8 @@ def with_torch():
     return python(
         """
 import torch
+if torch.__version__ < "2.7":  # loads it with the first operation that is registered
+    import torch.fx.experimental.symbolic_shapes
 before, started = set(sys.modules), time.perf_counter()
 import mambavision
 bare, bare_seconds = packages(before), time.perf_counter() - started
@@ -79,7 +81,7 @@ def test_the_bare_import_loads_nothing_else():
 
 def test_create_model_loads_torch_and_safetensors_alone():
     assert with_torch()["bare"] == ["mambavision"]
-    assert set(with_torch()["create_model"]) == {"mambavision", "safetensors"}
+    assert set(with_torch()["create_model"]) - {"torch"} == {"mambavision", "safetensors"}
     assert with_torch()["triton"] == []  # nor does torch on our behalf
 
 

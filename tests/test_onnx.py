@@ -13,20 +13,18 @@ import torch
 from mambavision import create_model
 from mambavision.cli import main
 from mambavision.export import onnx as export
+from mambavision.export.check import ExportError
 from mambavision.inference.images import read_image, sample_pictures
 from mambavision.inference.preprocess import build_transform
 
 TINY = "mamba_vision_test_tiny"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _installed():
-    for package in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(package)
+pytestmark = pytest.mark.usefixtures("onnx_exporter")
 
 
 @pytest.fixture(scope="module")
-def maps(tmp_path_factory):
+def maps(onnx_exporter, tmp_path_factory):
     """A backbone that takes bytes."""
     torch.manual_seed(0)
     model = create_model(TINY, features_only=True).eval()
@@ -239,3 +237,10 @@ def test_t_is_small_and_loads_quickly(tmp_path):
     open_session(report)
     assert time.perf_counter() - started < 3
     assert report.nodes < 3000
+
+
+def test_an_old_pytorch_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.6.0+cpu"))
+    with pytest.raises(ExportError, match=r"needs PyTorch 2\.7 or newer, and this is 2\.6\.0\+cpu: pip install"):
+        export.export_onnx(create_model(TINY).eval(), tmp_path / "a.onnx")
+    assert list(tmp_path.iterdir()) == []

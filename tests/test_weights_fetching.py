@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from mambavision.factory import create_model
@@ -30,8 +30,14 @@ def offline_hub(tmp_path, monkeypatch) -> Path:
     """An empty cache, and no connections; the hub reads its variables once, at import."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    forget_connections()
     fetching.say_license.cache_clear()
     return tmp_path / "cache"
+
+
+def forget_connections() -> None:
+    """Those of huggingface_hub before 1.0 stay offline, once they were."""
+    getattr(utils, "reset_sessions", lambda: None)()
 
 
 @pytest.fixture
@@ -180,9 +186,11 @@ def mirror(tmp_path, monkeypatch) -> Iterator[tuple[str, list[str]]]:
     with hub_server(tmp_path / "hub") as (endpoint, sent):
         monkeypatch.setenv("NO_PROXY", "127.0.0.1")
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        forget_connections()
         monkeypatch.setattr(constants, "ENDPOINT", endpoint)
         template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in ("constants", "file_download"):  # the second one's own copy before 1.0
+            monkeypatch.setattr(f"huggingface_hub.{module}.HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         yield endpoint, sent
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mambavision.export.check import Report, Run, check_model, packages, write_checked
+from mambavision.export.check import ExportError, Report, Run, check_model, packages, write_checked
 from mambavision.export.formats import as_path, check_request
 from mambavision.export.graph import (
     Graph,
@@ -32,6 +32,7 @@ from mambavision.export.pictures import Calibration, calibration_batches, descri
 from mambavision.models.backbone import MambaVisionBackbone
 
 OPSET = 18
+OLDEST_TORCH = "2.7"  # exporters before cannot decompose a linear layer behind a split of unknown size
 # A protobuf holds 2 GiB; weights beyond lie in a second file beside it.
 MAX_BYTES_INSIDE = 2**31 - 2**26
 # What is quantised: the operations with weights and the products of attention. The scan stays float32.
@@ -67,7 +68,7 @@ def export_onnx(
         Size, nodes, largest error and time.
 
     Raises:
-        ExportError: onnx, onnxscript or onnxruntime is not installed.
+        ExportError: onnx, onnxscript or onnxruntime is not installed, or PyTorch is too old.
         DifferenceError: the reloaded file computes something else; nothing is left behind.
         ValueError: no such type, another suffix, a network without weights or for other than 1 or 3 channels, or no
             pictures.
@@ -116,7 +117,16 @@ def open_file(path: Path) -> Run:
 
 
 def trace_onnx(model: MambaVisionBackbone, graph: Graph) -> Any:
-    """The graph of `model` as a protobuf with named dimensions and nothing of where it was made."""
+    """The graph of `model` as a protobuf with named dimensions and nothing of where it was made.
+
+    Raises:
+        ExportError: PyTorch is too old.
+    """
+    if not torch.__version__ >= OLDEST_TORCH:  # PyTorch's own comparison of versions
+        raise ExportError(
+            f"Export to ONNX needs PyTorch {OLDEST_TORCH} or newer, and this is {torch.__version__}: "
+            f"pip install --upgrade torch torchvision."
+        )
     name = input_name(uint8=graph.uint8)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
