@@ -14,14 +14,19 @@ test: $(VENV)/dev-installed
 lint: $(VENV)/dev-installed
 	PATH="$(abspath $(BIN)):$$PATH" .ci/lint
 
-# What the tables in README.md and docs/ are made of; see CONTRIBUTING.md for those that need a GPU.
+# What the tables in README.md and docs/ are made of; DATA=PATH is where get_cifar10.py wrote. An hour or two.
+DATA ?= data/cifar10
 bench: $(VENV)/dev-installed
 	$(BIN)/python benchmarks/parity.py
 	$(BIN)/python benchmarks/cpu.py
+	$(BIN)/python benchmarks/cpu_formats.py
+	$(BIN)/python benchmarks/formats.py $(DATA)
+	$(BIN)/python benchmarks/formats.py $(DATA) --model mamba_vision_T
+	$(BIN)/python benchmarks/onnx_variants.py
+	$(BIN)/python benchmarks/huggingface_trainer.py $(DATA) --pictures 10000
 	$(BIN)/python benchmarks/readme_tables.py
 
-# The same on a machine with a CUDA GPU, behind the tests that need one; DATA=PATH is where get_cifar10.py wrote.
-DATA ?= data/cifar10
+# The same on a machine with a CUDA GPU, behind the tests that need one.
 bench-gpu: $(VENV)/dev-installed
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/scan.py
