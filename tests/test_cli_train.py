@@ -4,9 +4,11 @@ import os
 import pytest
 import yaml
 from PIL import Image
+from rich.console import Console
 
 from mambavision import create_model
 from mambavision.cli import main
+from mambavision.cli.train import parse
 from mambavision.engine.checkpoint import load_run
 from mambavision.engine.logs import EPOCHS, STEPS, read_table
 from mambavision.weights import read_checkpoint
@@ -81,6 +83,14 @@ def test_a_recipe_with_flags_on_top(tmp_path):
     assert model.config.mixer_order == "attention_only"
 
 
+@pytest.mark.parametrize(
+    ("flags", "pretrained"), [(["--pretrained"], True), (["--pretrained=false"], False), ([], False)], ids=str
+)
+def test_the_short_flag_for_weights_takes_a_value_too(tmp_path, flags, pretrained):
+    arguments = ["--data", str(tmp_path), "--model", "mamba_vision_T", *flags]
+    assert parse(arguments, Console(quiet=True))[0].model.pretrained is pretrained
+
+
 def test_help_documents_every_setting(capsys):
     assert main(["train", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
@@ -100,7 +110,7 @@ def test_help_documents_every_setting(capsys):
         (["--model.overrides={depth: 3}"], "depth"),
         (["--batch-size=500"], "48 training pictures do not fill one step of 500"),
         (["--device=cuda:77"], "cuda:77"),
-        (["--augment.auto_augment=nonsense"], "'nonsense' is no policy"),
+        (["--augment.auto_augment=nonsense"], "'nonsense' is not a policy"),
         (["--resume=nowhere.pt"], "nowhere.pt does not exist"),
         (["--checkpoint=nowhere.safetensors"], "nowhere.safetensors"),
     ],

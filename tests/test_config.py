@@ -56,6 +56,9 @@ def test_an_unknown_name_answers_with_the_nearest(name, nearest):
         ({"mlp_ratio": 0.01}, "hidden channel, got 0.01"),
         ({"layer_scale": -1}, "layer_scale must be a positive number or None, got -1"),
         ({"class_names": "abcdefghij"}, "must be a list of names"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio must be a number"),
+        ({"layer_scale": float("nan")}, "layer_scale must be a positive number"),
+        ({"preprocessing": 224}, "preprocessing must be a Preprocessing or its fields, got 224"),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(changes, message):

@@ -367,6 +367,15 @@ def test_weights_that_are_gone_are_asked_for(capsys, checkpoint, tmp_path):
     assert f"{table} was made with {copy}, which is not there: name these weights with --checkpoint." in err
 
 
+def test_a_table_of_a_network_without_a_name_asks_for_it(capsys, predictor, checkpoint, tmp_path):
+    table = tmp_path / "samples.npz"
+    embed_files(predictor, [CAT], table)
+    code, _, err = run(capsys, "neighbours", table, CAT)
+    assert code == 2
+    assert f"{table} does not say which network made it: name that with --model or --checkpoint." in err
+    assert run(capsys, "neighbours", table, CAT, "--checkpoint", checkpoint)[0] == 0
+
+
 def test_other_weights_are_no_neighbours(capsys, table, tmp_path):
     torch.manual_seed(1)
     network = create_model("mamba_vision_test_tiny")

@@ -7,6 +7,7 @@ from PIL import Image
 
 from mambavision import Predictor, create_model
 from mambavision.cli import main
+from mambavision.inference import optimize
 from mambavision.inference.explain import AttentionMap, explain, find_class
 from mambavision.inference.fuse import fuse
 from mambavision.inference.images import SAMPLES, ImageError, read_image
@@ -94,7 +95,7 @@ def test_classes_by_name_and_by_place():
     with pytest.raises(ValueError, match="the first names are tabby, Siamese, tiger cat"):
         find_class("xylophone", NAMES)
     for target in (5, "5", -1):
-        with pytest.raises(ValueError, match=f"There are classes 0 to 4, got {target}"):
+        with pytest.raises(ValueError, match=f"There is no class {target}; the classes are 0 to 4"):
             find_class(target, NAMES)
 
 
@@ -245,6 +246,13 @@ def test_an_output_that_is_not_finite_is_an_error():
         explain(Predictor(network), CAT)
 
 
+@pytest.mark.gpu
+def test_an_optimised_network_forms_no_attention():
+    network = optimize(create_model("mamba_vision_nano_32", pretrained=True, device="cuda"))
+    with pytest.raises(ValueError, match="optimised for a GPU forms no attention"):
+        explain(Predictor(network, device="cuda"), CAT)
+
+
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -274,6 +282,16 @@ def test_overlays_are_written_and_one_bad_picture_does_not_stop_the_rest(capsys,
         assert image.format == "PNG"
 
 
+def test_numbered_names_avoid_those_that_are_taken(capsys, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/cat.jpg", "a/cat-2.jpg", "b/cat.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(CAT.read_bytes())
+    assert run(capsys, "a/cat.jpg", "a/cat-2.jpg", "b/cat.jpg", "--checkpoint", checkpoint)[0] == 0
+    written = {path.name for path in tmp_path.glob("*.png")}
+    assert written == {"cat.explained.png", "cat-2.explained.png", "cat-3.explained.png"}
+
+
 def test_nothing_is_overwritten_unasked(capsys, checkpoint, tmp_path):
     target = tmp_path / "deep" / "cat.png"
     assert run(capsys, CAT, "-o", target, "--checkpoint", checkpoint)[0] == 0
@@ -291,7 +309,7 @@ def test_nothing_is_overwritten_unasked(capsys, checkpoint, tmp_path):
     [
         ([], "no pictures given"),
         ([CAT, "--class", "zebra"], "No class is called 'zebra'"),
-        ([CAT, "--class", "17"], "There are classes 0 to 4, got 17."),
+        ([CAT, "--class", "17"], "There is no class 17; the classes are 0 to 4."),
         ([CAT, CAT, "-o", "one.png"], "must be a folder for 2 pictures"),
         ([CAT, "-o", "one.jpg"], "must be a .png file or a folder"),
         ([CAT, "--from", "0.5"], "must be X,Y"),

@@ -146,16 +146,16 @@ def test_every_format_has_its_functions():
         (
             ["--format", "torch-export", "--dtype", "int8"],
             "torch-export files are written in float32 or float16, not in 'int8'; "
-            "int8 comes as onnx or openvino or executorch.",
+            "choose onnx or openvino or executorch for int8.",
         ),
         (["--calibration", "."], "Pictures for calibration are for int8 alone, and float32 was asked for."),
         (
             ["--format", "aoti", "--calibration", "."],
-            "--calibration is for onnx and openvino and executorch, not for aoti.",
+            "--calibration works only with onnx and openvino and executorch, not with aoti.",
         ),
-        (["--batch-size", "4"], "--batch-size is for executorch, not for onnx."),
+        (["--batch-size", "4"], "--batch-size works only with executorch, not with onnx."),
         (["--device", "cuda"], "--device is for aoti alone; onnx files are for no device in particular."),
-        (["--format", "openvino", "--output", "t.bin"], "An openvino file must end in .xml, got t.bin."),
+        (["--format", "openvino", "--output", "t.bin"], "The file for openvino must end in .xml, got t.bin."),
     ],
 )
 def test_what_a_format_does_not_have_is_one_sentence(arguments, sentence, capsys):

@@ -46,7 +46,7 @@ def test_unknown_names_and_arguments_are_errors():
         create_model(TINY, drop_paths=0.1)
     with pytest.raises(ValueError, match="drop_path_rate"):
         create_model(TINY, drop_path_rate=2.0)
-    with pytest.raises(TypeError, match="name is a text, got 5"):
+    with pytest.raises(TypeError, match="name must be a string, got 5"):
         create_model(5)
 
 
@@ -57,7 +57,7 @@ def test_unknown_names_and_arguments_are_errors():
         ({"model_path": "a"}, "pretrained=True"),
         ({"out_indices": (1,)}, "features_only=True"),
         ({"num_classes": 3, "class_names": ["a"]}, "contradicts"),
-        ({"class_names": "cat"}, "list of names, got the text 'cat'"),
+        ({"class_names": "cat"}, "list of names, got the string 'cat'"),
         ({"in_chans": 0}, "in_chans must be a positive integer, got 0"),
         ({"window_size": 7}, "window_size"),
     ],
@@ -83,7 +83,7 @@ def test_a_checkpoint_that_names_no_network_asks_for_it(tmp_path):
 
 
 def test_a_checkpoint_of_another_architecture_is_named(own_checkpoint):
-    with pytest.raises(CheckpointError, match=r"is no mamba_vision_T: it has dim 8 instead of 80"):
+    with pytest.raises(CheckpointError, match=r"does not hold a mamba_vision_T: it has dim 8 instead of 80"):
         create_model("mamba_vision_T", checkpoint_path=own_checkpoint)
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mambavision.ops.activation import activate
 from mambavision.ops.backend import Situation, refuse_inference_kernels
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
+from mambavision.ops.conv3x3.float8 import conv3x3_float8
 from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
@@ -230,7 +230,7 @@ def test_an_empty_batch_has_an_empty_result():
 @pytest.mark.parametrize(
     ("situation", "reason"),
     [
-        (Situation("cpu", torch.bfloat16), "no GPU"),
+        (Situation("cpu", torch.bfloat16), "cannot compile for cpu"),
         (Situation("cuda", torch.float32), "16-bit"),
         (Situation("cuda", torch.bfloat16, differentiated=True), "no backward"),
     ],
@@ -254,8 +254,29 @@ def test_shapes_that_do_not_fit_are_named():
         conv3x3(torch.ones(1, 5, 4, 4), torch.ones(3, 4, 3, 3))
     with pytest.raises(ValueError, match="weight must be"):
         token_conv(torch.ones(1, 5, 4), torch.ones(4, 2))
+    x, weight, long = torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3), torch.ones(4)
+    for arguments in ({"bias": long}, {"residual": torch.ones(1, 3, 6, 5), "stride": 2}):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be "):
+            conv3x3(x, weight, **arguments)
+    for arguments in ({"bias": long}, {"weight_sum": long}):
+        with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be "):
+            linear(torch.ones(2, 4), torch.ones(3, 4), **arguments)
+    with pytest.raises(ValueError, match="offset must be "):
+        layer_norm(torch.ones(2, 5), long, eps=1e-5)
+    with pytest.raises(ValueError, match="bias2 must be "):
+        stem(x, torch.ones(16, 4, 3, 3), torch.ones(16), torch.ones(8, 16, 3, 3), long)
+    bytes8 = (tensor.to(torch.float8_e4m3fn) for tensor in (x, weight))
+    with pytest.raises(ValueError, match="scale must be "):
+        conv3x3_float8(*bytes8, long, torch.ones(3))
+
+
+def test_other_settings_than_there_are_are_named():
+    with pytest.raises(ValueError, match=r"activation must be one of none, relu, gelu, gelu_tanh, got 'silu'"):
+        linear(torch.ones(2, 4), torch.ones(3, 4), activation="silu")
     with pytest.raises(ValueError, match="activation must be"):
-        activate(torch.ones(1), "swish")
+        conv3x3(torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3), activation="swish")
+    with pytest.raises(ValueError, match="stride must be 1 or 2, got 3"):
+        conv3x3(torch.ones(1, 4, 6, 5), torch.ones(3, 4, 3, 3), stride=3)
 
 
 def test_little_work_gets_small_tiles_and_much_work_large_ones():

@@ -63,7 +63,7 @@ for network, batch in networks:
         gpu.takes_few = lambda x, few=few: few
         with torch.inference_mode(), launch.precompiling():
             network.forward_features(torch.zeros(batch, 3, *network.config.preprocessing.img_size))
-            names |= {key[0].fn.__name__ for key in launch._pending}
+            names |= {key[0].fn.__name__ for key in launch._precompiling.pending}
 
 # The training's own, as its operators launch them.
 from mambavision.ops.linear_gelu.triton_op import gelu_backward
@@ -82,7 +82,7 @@ with torch.inference_mode(), launch.precompiling():
     _, _, B, C = random(2, 196, 36).split([10, 10, 8, 8], dim=-1)
     scanned = u, u, torch.randn(160, 8), B, C, torch.randn(160), torch.randn(160)
     scan_backward(u, scan_for_training(*scanned)[1], *scanned)
-    names |= {key[0].fn.__name__ for key in launch._pending}
+    names |= {key[0].fn.__name__ for key in launch._precompiling.pending}
 print(json.dumps(sorted(names)))
 """
 

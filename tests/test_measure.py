@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import sys
 import time
 
 import pytest
@@ -15,9 +16,10 @@ from mambavision import create_model
 from mambavision.cli import main
 from mambavision.layers.mixer import MambaVisionMixer
 from mambavision.measure import timing
+from mambavision.measure.memory import OutOfMemoryError
 from mambavision.measure.profiling import REST, profile_operations, profile_parts
 from mambavision.measure.subjects import Subject, prepare
-from mambavision.measure.timing import OutOfMemoryError, measure, search_batch_size
+from mambavision.measure.timing import measure, search_batch_size
 from mambavision.models.complexity import count_complexity
 
 CPU = torch.device("cpu")
@@ -45,13 +47,31 @@ def test_a_batch_that_does_not_fit_is_one_sentence(capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    with pytest.raises(OutOfMemoryError, match="fake .* does not fit on cpu with 7 pictures.*--batch-size"):
+    with pytest.raises(OutOfMemoryError, match="fake .* with 7 pictures at once does not fit on cpu; .*--batch-size"):
         measure(subject(full), 7)
     monkeypatch.setattr("mambavision.measure.subjects.Subject.pictures", full)
     assert main(["benchmark", TINY, *QUICK]) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "does not fit" in captured.err
+
+
+@pytest.mark.parametrize("command", ["benchmark", "profile"])
+def test_weights_that_do_not_fit_are_one_sentence(capsys, monkeypatch, command):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("mambavision.measure.subjects.create_model", full)
+    assert main([command, TINY, "--device", "cpu"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert TINY in error
+    assert "fit on cpu" in error
+
+
+def test_without_timm_its_models_are_said_to_be_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert main(["benchmark", "resnet50", "--device", "cpu"]) == 2
+    assert "timm, which may have it, is missing: pip install timm." in capsys.readouterr().err
 
 
 def test_what_does_not_run_here_leaves_the_rest(capsys):
@@ -178,7 +198,7 @@ def test_parts_add_up_and_the_slow_one_comes_first(monkeypatch):
 
 
 def test_operations_are_those_that_ran():
-    shares = profile_operations(nn.Conv2d(3, 64, 3), torch.randn(1, 3, 64, 64), top=3)
+    shares = profile_operations(nn.Conv2d(64, 64, 3), torch.randn(1, 64, 128, 128), top=3)
     assert len(shares) == 3
     assert "conv" in shares[0].name
     assert shares[0].milliseconds >= shares[-1].milliseconds

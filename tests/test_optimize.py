@@ -158,6 +158,33 @@ def test_a_model_of_timms_registry_is_one_of_ours():
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert difference(optimize(model)(images), model(images)) < 1e-4
+    for pool in ("max", "avgmax", "catavgmax", ""):
+        other = timm.create_model("mamba_vision_nano_32", global_pool=pool, num_classes=2 if pool else 0)
+        with pytest.raises(ValueError, match=f"average their last map, not '{pool}'"):
+            optimize(other)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("heads", [{"prune_norm": True, "prune_head": False}, {"prune_norm": False}, {}], ids=str)
+def test_what_is_pruned_later_is_gone(device, heads):
+    model = create_model(TINY, device=device).eval()
+    network, images = optimize(model, dtype=torch.float32), torch.randn(2, 3, 64, 64, device=device)
+    with torch.inference_mode():
+        network(images)
+        for each in (model, network):
+            each.prune_intermediate_layers([-1], **heads)
+        assert difference(network(images), model(images)) < 1e-3
+
+
+def test_a_network_for_a_cpu_keeps_its_type():
+    network = optimize(create_model(TINY))
+    images = torch.randn(1, 3, 64, 64)
+    expected = network(images)
+    assert torch.equal(network.to(memory_format=torch.channels_last).float()(images), expected)
+    for move in (lambda: network.to(torch.bfloat16), lambda: network.double(), lambda: network.to("meta")):
+        with pytest.raises(RuntimeError, match="keep their type and place"):
+            move()
+    assert torch.equal(network(images), expected)
 
 
 # --- what only a GPU shows --------------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def test_a_grey_network_takes_colour_pictures():
     network = create_model("mamba_vision_test_tiny", in_chans=1)
     colour, grey = Predictor(network)([Image.open(CAT), Image.open(CAT).convert("L")])
     np.testing.assert_allclose(colour.probabilities, grey.probabilities, rtol=1e-4)
-    with pytest.raises(ValueError, match="the model takes 4"):
+    with pytest.raises(ValueError, match="The model takes 4"):
         Predictor(create_model("mamba_vision_test_tiny", in_chans=4))
 
 

@@ -80,7 +80,7 @@ def test_a_grey_network_gets_luma_with_averaged_statistics():
 
 
 def test_channels_that_a_photograph_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="the model takes 4"):
+    with pytest.raises(ValueError, match="The model takes 4"):
         build_transform(Preprocessing(), in_chans=4)
     with pytest.raises(ValueError, match="normalises 2 channels and the model takes 3"):
         build_transform(Preprocessing(mean=(0.5, 0.5), std=(1.0, 1.0)))

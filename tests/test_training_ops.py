@@ -164,7 +164,7 @@ def test_an_empty_batch_has_empty_results():
 @pytest.mark.parametrize(
     ("situation", "reason"),
     [
-        (Situation("cpu", torch.bfloat16, 49, width=40), "no GPU"),
+        (Situation("cpu", torch.bfloat16, 49, width=40), "cannot compile for cpu"),
         (Situation("cuda", torch.float32, 49, width=40), "16-bit"),
         (Situation("cuda", torch.float16, 1024, width=40), "at most 256 tokens"),
         (Situation("cuda", torch.float16, 49, width=128), "at most 64 channels"),

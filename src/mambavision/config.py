@@ -145,10 +145,12 @@ class MambaVisionConfig:
         object.__setattr__(self, "stem_strides", _pair("stem_strides", self.stem_strides))
         if self.class_names is not None:
             if isinstance(self.class_names, str):  # two classes may have one name, as ImageNet's two cranes do
-                raise ValueError(f"class_names must be a list of names, got the text {self.class_names!r}.")
+                raise ValueError(f"class_names must be a list of names, got the string {self.class_names!r}.")
             object.__setattr__(self, "class_names", tuple(self.class_names))
         if isinstance(self.preprocessing, Mapping):
             object.__setattr__(self, "preprocessing", Preprocessing(**self.preprocessing))
+        if not isinstance(self.preprocessing, Preprocessing):
+            raise ValueError(f"preprocessing must be a Preprocessing or its fields, got {self.preprocessing!r}.")
         for name in ("dim", "in_dim", "d_state", "in_chans"):
             if not _is_int(getattr(self, name)) or getattr(self, name) < 1:
                 raise ValueError(f"{name} must be a positive integer, got {getattr(self, name)!r}.")
@@ -224,7 +226,7 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _pair(name: str, value: object) -> tuple[int, int]:
@@ -319,7 +321,7 @@ def get_config(name: str, **changes: Any) -> MambaVisionConfig:
         UnknownVariantError: listing the nearest names.
     """
     if not isinstance(name, str):
-        raise TypeError(f"A model's name is a text, got {name!r}.")
+        raise TypeError(f"A model's name must be a string, got {name!r}.")
     if name not in VARIANTS:
         by_lower = {variant.lower(): variant for variant in VARIANTS}
         near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.3)

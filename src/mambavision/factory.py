@@ -147,7 +147,7 @@ def _reconciled(
         return stored
     if different := [field for field in _ARCHITECTURE if getattr(named, field) != getattr(stored, field)]:
         pairs = ", ".join(f"{field} {getattr(stored, field)} instead of {getattr(named, field)}" for field in different)
-        raise CheckpointError(f"{path} is no {model_name}: it has {pairs}.")
+        raise CheckpointError(f"{path} does not hold a {model_name}: it has {pairs}.")
     return stored
 
 
@@ -174,7 +174,7 @@ def adapted_config(
         hint = f"did you mean {' or '.join(near)}?" if near else "see MambaVisionConfig for what there is."
         raise TypeError(f"create_model has no argument {unknown[0]!r}; {hint}")
     if isinstance(class_names, str):
-        raise ValueError(f"class_names must be a list of names, got the text {class_names!r}.")
+        raise ValueError(f"class_names must be a list of names, got the string {class_names!r}.")
     if class_names is not None:
         changes.update(class_names=tuple(class_names), num_classes=len(class_names))
         if num_classes not in (None, len(class_names)):

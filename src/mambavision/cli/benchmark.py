@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Exit code 1: some of them could not be, for lack of memory or where they do not run."
         f" {FLOAT8} is bfloat16 around its 8-bit convolutions, whatever --dtype says.",
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="variants of ours, or models of timm's")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="our variants or timm's models")
     parser.add_argument(
         "--batch-size",
         nargs="+",
@@ -67,6 +67,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from mambavision.inference.predictor import find_device
+    from mambavision.measure.memory import OutOfMemoryError
     from mambavision.measure.subjects import prepare
     from mambavision.measure.timing import describe_protocol
 
@@ -83,6 +84,9 @@ def main(argv: Sequence[str]) -> int:
             for dtype in ("bfloat16",) if way == FLOAT8 else options.dtype:
                 try:
                     subject = prepare(model, way=way, dtype=dtype, device=device, img_size=options.img_size)
+                except OutOfMemoryError as error:
+                    problems.append(str(error))
+                    continue
                 except ValueError as error:
                     refusals.append((f"{model}, {way}", error))
                     continue
@@ -110,7 +114,8 @@ def _measure_all(
     subject: Subject, batch_sizes: Sequence[int | str], seconds: float, messages: Console
 ) -> tuple[list[Measurement], list[str]]:
     """The measurements, and a sentence for each that could not be made."""
-    from mambavision.measure.timing import OutOfMemoryError, measure, search_batch_size
+    from mambavision.measure.memory import OutOfMemoryError
+    from mambavision.measure.timing import measure, search_batch_size
 
     found, problems = [], []
     for batch_size in batch_sizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import warnings
 from collections.abc import Sequence
@@ -79,7 +80,6 @@ def main(argv: Sequence[str]) -> int:
         return 1
 
     from mambavision.inference.explain import explain, find_class
-    from mambavision.inference.images import ImageError
     from mambavision.inference.overlay import overlay, save_overlay
 
     predictor = open_predictor(options)
@@ -91,11 +91,11 @@ def main(argv: Sequence[str]) -> int:
     for picture, path in zip(pictures, targets, strict=True):
         try:
             if path.exists() and not options.overwrite:
-                raise ImageError(f"{printable(str(path))} exists; --overwrite replaces it, --output names another.")
+                raise ValueError(f"{printable(str(path))} exists; --overwrite replaces it, --output names another.")
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters becomes an error
                 explanation = explain(predictor, picture, target=target, img_size=options.img_size)
-        except ValueError as error:  # an ImageError, or an output that is not finite
+        except ValueError as error:  # a picture that cannot be read, too
             print(error, file=sys.stderr)
             failed = True
             continue
@@ -114,13 +114,12 @@ def _targets(pictures: list[Path], output: Path | None) -> list[Path]:
     if output is not None and (output.suffix or output.is_file()) and not output.is_dir():
         raise UsageError(f"--output must be a .png file or a folder, got {output}.")
     folder = output or Path()
-    seen: dict[str, int] = {}
-    targets = []
+    targets: dict[Path, None] = {}  # in order
     for picture in pictures:
-        seen[picture.stem] = seen.get(picture.stem, 0) + 1
-        number = f"-{seen[picture.stem]}" if seen[picture.stem] > 1 else ""
-        targets.append(folder / f"{picture.stem}{number}{SUFFIX}")
-    return targets
+        numbers = (f"-{number}" if number > 1 else "" for number in itertools.count(1))
+        names = (folder / f"{picture.stem}{number}{SUFFIX}" for number in numbers)
+        targets[next(name for name in names if name not in targets)] = None
+    return list(targets)
 
 
 # What argparse calls it where it refuses the text.

@@ -19,18 +19,23 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mambavision export",
         description="Write a network for another runtime, reload it there and compare it on the sample photographs.",
-        epilog="Batch, height and width are dynamic, but for executorch. "
+        epilog="Batch, height and width are dynamic, except with executorch. "
         "Exit code 1: the outputs differed and no file was written.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name that `mambavision models` lists; its published weights")
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="default: onnx")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: float32; no format has all")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="float32", help="default: float32; which formats have which: docs/formats.md"
+    )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of your own")
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: MODEL, type and suffix)")
     parser.add_argument("--features", action="store_true", help="the four feature maps instead of the classes")
     parser.add_argument("--uint8", action="store_true", help="take pictures as bytes and normalise them inside")
     parser.add_argument(
-        "--img-size", type=image_size, metavar="SIZE", help="size that windows cover (default: the model's own)"
+        "--img-size",
+        type=image_size,
+        metavar="SIZE",
+        help="picture size that its windows fit without padding (default: the model's own)",
     )
     parser.add_argument(
         "--calibration",
@@ -59,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         value = getattr(options, name)
         if value is not None and name not in chosen.settings:
             others = " and ".join(other for other, row in FORMATS.items() if name in row.settings)
-            raise UsageError(f"--{name.replace('_', '-')} is for {others}, not for {options.format}.")
+            raise UsageError(f"--{name.replace('_', '-')} works only with {others}, not with {options.format}.")
         if value is not None:
             settings[name] = value
     try:

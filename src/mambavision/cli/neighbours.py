@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-k", type=positive, default=5, metavar="K", help="neighbours a picture (default: 5)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--model", metavar="NAME", help="the network of the table (default: as the table says)")
-    parser.add_argument("--checkpoint", metavar="FILE", help="its weights, where they lie elsewhere by now")
+    parser.add_argument("--checkpoint", metavar="FILE", help="its weights, if they have moved")
     parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures at once (default: 32)")
     return parser
@@ -79,6 +79,10 @@ def _predictor(features: Features, options: argparse.Namespace) -> Predictor:
 
     if options.model is None and options.checkpoint is None:
         options.model, options.checkpoint = features.metadata.get("model"), features.metadata.get("checkpoint")
+        if options.model is None and options.checkpoint is None:
+            raise UsageError(
+                f"{options.features} does not say which network made it: name that with --model or --checkpoint."
+            )
         if options.checkpoint is not None and not Path(options.checkpoint).exists():
             raise UsageError(
                 f"{options.features} was made with {options.checkpoint}, which is not there: "

@@ -25,7 +25,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mambavision profile",
         description="Time the parts of a model in eager PyTorch, with random weights, and list what costs most.",
-        epilog="Each part is waited for, so what a GPU does side by side is counted one after the other.",
+        epilog="Each part is timed to its end, so work that a GPU would overlap is added up.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name that `mambavision models` lists")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="pictures a pass (default: 1)")
@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command."""
+    """Run the command; 1 when it does not fit into memory."""
     options = build_parser().parse_args(argv)
 
     from mambavision.config import get_config
@@ -48,14 +48,21 @@ def main(argv: Sequence[str]) -> int:
     get_config(options.model)  # before torch is imported: a mistyped name answers at once
 
     from mambavision.inference.predictor import find_device
+    from mambavision.measure.memory import OutOfMemoryError, fitting
     from mambavision.measure.profiling import profile_operations, profile_parts
     from mambavision.measure.subjects import prepare
 
     device = find_device(options.device)
-    subject = prepare(options.model, way="eager", dtype=options.dtype, device=device, img_size=options.img_size)
-    pictures = subject.pictures(options.batch_size)
-    parts = profile_parts(subject.model, pictures)
-    operations = profile_operations(subject.model, pictures, top=options.top)
+    try:
+        subject = prepare(options.model, way="eager", dtype=options.dtype, device=device, img_size=options.img_size)
+        what = f"{options.model} with {options.batch_size} pictures at once"
+        with fitting(what, device, "give a smaller --batch-size"):
+            pictures = subject.pictures(options.batch_size)
+            parts = profile_parts(subject.model, pictures)
+            operations = profile_operations(subject.model, pictures, top=options.top)
+    except OutOfMemoryError as error:
+        print(f"mambavision profile: {error}", file=sys.stderr)
+        return 1
     if options.format == "json":
         record = {"model": options.model, "device": str(device), "dtype": options.dtype, "shape": list(pictures.shape)}
         tables = {"parts": [asdict(row) for row in parts], "operations": [asdict(row) for row in operations]}

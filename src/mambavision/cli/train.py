@@ -140,7 +140,8 @@ def build_parser() -> ArgumentParser:
 
 def _full(argument: str) -> str:
     flag, equals, value = argument.partition("=")
-    return SHORT_FLAGS.get(flag, flag) + equals + value
+    full = SHORT_FLAGS.get(flag, flag)
+    return full.partition("=")[0] + equals + value if equals else full
 
 
 def _config(parser: ArgumentParser, given: Any) -> TrainConfig:

@@ -47,7 +47,8 @@ def build_train_transform(augment: AugmentConfig, preprocessing: Preprocessing) 
         )
     except (AssertionError, KeyError, IndexError) as error:  # timm's answers to a policy that it does not know
         raise ValueError(
-            f"auto_augment {augment.auto_augment!r} is no policy of timm's; try rand-m9-mstd0.5-inc1, or null for none."
+            f"auto_augment {augment.auto_augment!r} is not a policy that timm knows; "
+            f"try rand-m9-mstd0.5-inc1, or null for none."
         ) from error
     if augment.crop == "pad":
         # Resize leaves a picture of that size as it is.

@@ -37,7 +37,7 @@ class ModelConfig:
             raise ValueError(f"pretrained and checkpoint exclude each other, got checkpoint={self.checkpoint!r} too.")
         taken = {"pretrained", "checkpoint_path", "num_classes", "class_names", "device", "dtype", "features_only"}
         if wrong := sorted(taken & set(self.overrides)):
-            raise ValueError(f"overrides may not set {', '.join(wrong)}: training sets it itself.")
+            raise ValueError(f"overrides may not set {', '.join(wrong)}: training sets that itself.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 Nothing here waits for the device, except for an optimiser that is not fused, which must be told whether to step. The
 loss and the gradient norm of each step stay on the device until `TrainingStep.read_history` fetches those of many steps
-at once. A step with a non-finite loss or gradient changes no parameter, and neither does any step after it, so that the
-state in which it happened can still be examined then.
+at once. A step with a non-finite loss or gradient changes no parameter. Neither does any step after it, so that the
+state in which it happened can still be examined then; but under the loss scaling of float16, where such gradients are a
+matter of course, training goes on with the next step until the history is read.
 """
 
 from __future__ import annotations

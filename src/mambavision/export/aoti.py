@@ -46,7 +46,9 @@ def export_aoti(
     if named is not None and shutil.which(named) is None:
         raise ExportError(f"Export to AOTInductor needs a C++ compiler, and there is no {named}, which CXX names.")
     if named is None and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        raise ExportError("Export to AOTInductor needs a C++ compiler, and none is installed: apt install g++.")
+        raise ExportError(
+            "Export to AOTInductor needs a C++ compiler, and none is installed; on Debian: apt install g++."
+        )
     device = next(model.parameters()).device
     kind = getattr(torch, dtype)
     graph = Graph(model, uint8=uint8, dtype=kind, device=device, scan_backend=_scan_backend(model, device, kind))

@@ -75,7 +75,7 @@ def check_request(name: str, dtype: str, calibration: object = None) -> None:
     dtypes = FORMATS[name].dtypes
     if dtype not in dtypes:
         others = [other for other, row in FORMATS.items() if dtype in row.dtypes]
-        hint = f"; {dtype} comes as {' or '.join(others)}" if others else ""
+        hint = f"; choose {' or '.join(others)} for {dtype}" if others else ""
         raise ValueError(f"{name} files are written in {' or '.join(dtypes)}, not in {dtype!r}{hint}.")
     if calibration is not None and dtype != "int8":
         raise ValueError(f"Pictures for calibration are for int8 alone, and {dtype} was asked for.")
@@ -90,5 +90,5 @@ def as_path(path: str | os.PathLike[str], name: str) -> str:
     """`path` as text; ValueError where a runtime would not know a file without its suffix."""
     text, suffix = os.fspath(path), "." + FORMATS[name].suffix.rpartition(".")[2]
     if not text.endswith(suffix):
-        raise ValueError(f"An {name} file must end in {suffix}, got {text}.")
+        raise ValueError(f"The file for {name} must end in {suffix}, got {text}.")
     return text

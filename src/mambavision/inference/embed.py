@@ -103,7 +103,7 @@ def embed_files(
         predictor: the network.
         paths: picture files; each is taken once.
         output: `.npz` or `.parquet` file, which is replaced.
-        metadata: what `describe` gave; None for that of `predictor` without names.
+        metadata: what `describe` gave; None for that of `predictor` without a name.
         report: called with each embedding in order of completion, those of an earlier run first.
         resumed: called with the number of files that an earlier run has done, if any.
 
@@ -115,7 +115,7 @@ def embed_files(
     """
     output = Path(output)
     check_output(output)
-    metadata = describe(predictor, model="unnamed") if metadata is None else metadata
+    metadata = {**describe(predictor), "model": None} if metadata is None else metadata
     wanted = list(dict.fromkeys(os.fspath(path) for path in paths))
     bad = []
     with _Partial(output.with_name(output.name + PARTIAL), metadata) as partial:

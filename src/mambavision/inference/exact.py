@@ -1,14 +1,15 @@
-"""Modules of which a part keeps its type when the rest is cast."""
+"""Modules of which a part keeps its type when the rest is cast to half precision."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
 class CastWithExact(nn.Module):
-    """A module whose buffers named in `exact` stay in their type when the rest is cast."""
+    """A module whose buffers named in `exact` stay in their type when the rest is cast to half precision."""
 
     exact: tuple[str, ...] = ()
 
@@ -16,5 +17,7 @@ class CastWithExact(nn.Module):
         kept = {name: getattr(self, name) for name in self.exact if getattr(self, name) is not None}
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
-            setattr(self, name, tensor.to(getattr(self, name).device))
+            moved = getattr(self, name)
+            if moved.dtype in (torch.float16, torch.bfloat16):
+                setattr(self, name, tensor.to(moved.device))
         return self

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from mambavision.inference.gpu import KernelTokens
 from mambavision.inference.images import Picture, picture_name, read_image
 from mambavision.inference.predictor import Prediction, Predictor
 from mambavision.inference.preprocess import build_transform
@@ -140,10 +141,14 @@ def explain(
 
     Raises:
         ImageError: the picture cannot be read.
-        ValueError: no such class, a network that does not average its last map, or an output that is not finite.
+        ValueError: no such class, a network that does not average its last map or is optimised for a GPU, or an
+            output that is not finite.
     """
-    if (pool := getattr(predictor.model, "global_pool", None)) is not None and pool.pool_type != "avg":  # of timm
-        raise ValueError(f"A class-activation map needs a network that averages its last map, not {pool.pool_type!r}.")
+    pool = predictor.model.pool_type
+    if pool != "avg":
+        raise ValueError(f"A class-activation map needs a network that averages its last map, not {pool!r}.")
+    if any(isinstance(module, KernelTokens) for module in predictor.model.modules()):
+        raise ValueError("A network optimised for a GPU forms no attention weights; explain the one it was made of.")
     name = picture_name(picture) or "the picture"
     chosen = None if target is None else find_class(target, predictor.labels)
     settings = predictor.config.preprocessing
@@ -215,7 +220,7 @@ def find_class(target: str | int, labels: tuple[str, ...]) -> int:
             names = ", ".join(labels[folded.index(name)] for name in near or folded[:3])
             raise ValueError(f"No class is called {target!r}; the {'nearest' if near else 'first'} names are {names}.")
     if not 0 <= int(target) < len(labels):
-        raise ValueError(f"There are classes 0 to {len(labels) - 1}, got {target}.")
+        raise ValueError(f"There is no class {target}; the classes are 0 to {len(labels) - 1}.")
     return int(target)
 
 

@@ -9,12 +9,13 @@ so that folding loses nothing that the weights' own type can hold.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from mambavision.inference.exact import CastWithExact
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.mixer import MambaVisionMixer, TokenConv
@@ -75,10 +76,18 @@ class FusedMambaVision(MambaVision):
         super().reset_classifier(num_classes)
         self.fold_head()
 
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.fold_head()
+        return taken
 
-class FusedMixer(nn.Module):
+
+class FusedMixer(CastWithExact):
     """`MambaVisionMixer` in fewer operations, for inference; see there for what it computes."""
 
+    exact = ("A", "D", "dt_bias")
     A: Tensor
     D: Tensor
     dt_bias: Tensor
@@ -104,15 +113,6 @@ class FusedMixer(nn.Module):
             wide = at_least_float32(mixer.D.dtype)
             self.register_buffer(name, tensor.detach().to(wide))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FusedMixer:
-        exact = {name: getattr(self, name) for name in ("A", "D", "dt_bias")}
-        super()._apply(fn, recurse)
-        for name, tensor in exact.items():  # what the scan computes with stays float32 when the rest is cast to half
-            moved = getattr(self, name)
-            if moved.dtype in (torch.float16, torch.bfloat16):
-                setattr(self, name, tensor.to(moved.device))
-        return self
-
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         u = self.conv1d(self.in_proj(x))
         x, z = u.chunk(2, dim=-1)  # (windows, length, half) each
@@ -121,7 +121,7 @@ class FusedMixer(nn.Module):
         return self.out_proj(torch.cat([y, z], dim=-1))
 
 
-# Any, since modules are replaced by others.
+# Blocks and mixers are `Any` below, since modules are replaced by others.
 
 
 def _fuse_stem(stem: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ class GraphRunner:
     """Runs a function of one CUDA tensor through a graph for each shape, recorded when the shape first comes.
 
     Results are copies: they stay what they are when the next one is computed. Graphs share one pool of memory. A copy
-    of a runner, by `copy` or `pickle`, has no graphs yet.
+    of a runner, by `copy` or `pickle`, has no graphs yet. Threads take turns, and must use one CUDA stream.
 
     Args:
         dtype: of the tensor that the function sees; what comes is cast.
@@ -36,25 +37,28 @@ class GraphRunner:
         self.memory_format = memory_format
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._pool: Any = None
+        self._turn = threading.RLock()
 
     def run(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """What `function`, always the same, makes of x: a tensor or a list of tensors."""
         key = (tuple(x.shape), x.device)
-        recorded = self._recorded.get(key)
-        if recorded is None:
-            if len(self._recorded) >= MAX_GRAPHS:
-                self._recorded.popitem(last=False)
-            recorded = self._recorded[key] = self._record(function, x)
-        self._recorded.move_to_end(key)
-        recorded.input.copy_(x)
-        recorded.graph.replay()
-        output = recorded.output
-        return output.clone() if isinstance(output, Tensor) else [tensor.clone() for tensor in output]
+        with self._turn:
+            recorded = self._recorded.get(key)
+            if recorded is None:
+                if len(self._recorded) >= MAX_GRAPHS:
+                    self._recorded.popitem(last=False)
+                recorded = self._recorded[key] = self._record(function, x)
+            self._recorded.move_to_end(key)
+            recorded.input.copy_(x)
+            recorded.graph.replay()
+            output = recorded.output
+            return output.clone() if isinstance(output, Tensor) else [tensor.clone() for tensor in output]
 
     def clear(self) -> None:
         """Forget all graphs, as after a change of the weights."""
-        self._recorded.clear()
-        self._pool = None
+        with self._turn:
+            self._recorded.clear()
+            self._pool = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_runner, (self.dtype, self.memory_format)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
@@ -47,12 +47,15 @@ def optimize(
 
     Raises:
         TypeError: the model is no network of this package.
-        ValueError: an unknown mode, a model on the meta device or optimised already, or float8 where it cannot run.
+        ValueError: an unknown mode, a model on the meta device, optimised already or with another pool than the
+            average, or float8 where it cannot run.
     """
     if not isinstance(model, MambaVisionBackbone):
         raise TypeError(f"optimize takes a MambaVision network, got {type(model).__name__}.")
     if isinstance(model, _AnyType):
         raise ValueError("The model is optimised already; pass the one that it was made of.")
+    if isinstance(model, MambaVision) and model.pool_type != "avg":
+        raise ValueError(f"optimize takes networks that average their last map, not {model.pool_type!r}; use `fuse`.")
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
     fused = fuse(model)
@@ -70,7 +73,8 @@ def optimize(
     if dtype is None:
         dtype = torch.float32
         if device.type == "cuda":
-            dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+            with torch.cuda.device(device):
+                dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fault = refuse_inference_kernels(Situation(device.type, dtype))
     if fault is None:
         use_kernels(fused, float8=float8)
@@ -157,11 +161,15 @@ class _Optimized(_AnyType):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Optimized:
         self.graphs.clear()
         super()._apply(fn, recurse)
-        self.compute_dtype = next(self.parameters()).dtype
+        self.compute_dtype = self.graphs.dtype = next(self.parameters()).dtype
         for module in self.modules():
             if isinstance(module, KernelTokens):
                 module.round_constants()
         return self
+
+    def _keep_levels(self, indices: int | Sequence[int]) -> list[int]:
+        self.graphs.clear()
+        return super()._keep_levels(indices)
 
     @contextmanager
     def _settings(self, x: Tensor) -> Iterator[None]:
@@ -184,6 +192,16 @@ class _OnCpu(_AnyType):
                 "A network optimised for a CPU has no gradients; run it under torch.no_grad(), or use the model itself."
             )
         return super().forward_stages(x, last=last)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _OnCpu:
+        moved = fn(torch.empty(0, dtype=self.compute_dtype))
+        if moved.dtype != self.compute_dtype or moved.device.type != "cpu":
+            raise RuntimeError(
+                "The packed weights of a network optimised for a CPU keep their type and place: move or cast the model "
+                "that it was made of, and optimize that."
+            )
+        super()._apply(fn, recurse)
+        return self
 
 
 class _CpuBackbone(_OnCpu):

@@ -31,7 +31,7 @@ def build_transform(preprocessing: Preprocessing, in_chans: int = 3) -> Compose:
         ValueError: for another number of channels, which a photograph does not have.
     """
     if in_chans not in (1, 3):
-        raise ValueError(f"A picture gives 1 or 3 channels and the model takes {in_chans}; call the model on tensors.")
+        raise ValueError(f"The model takes {in_chans} channels and pictures have 1 or 3; call it on tensors instead.")
     height, width = preprocessing.img_size
     target = (math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct))
     interpolation = InterpolationMode(preprocessing.interpolation)

@@ -76,6 +76,11 @@ class TimmMambaVision(MambaVision):
         return self.config.in_chans
 
     @property
+    def pool_type(self) -> str:
+        """A name of `POOLS`."""
+        return str(self.global_pool.pool_type)
+
+    @property
     def head_hidden_size(self) -> int:
         """Channels of the pooled vector, which enters the classifier."""
         return self.num_features * self.global_pool.feat_mult()

@@ -14,6 +14,7 @@ from mambavision.config import VARIANTS, UnknownVariantError, get_config
 from mambavision.factory import create_model
 from mambavision.inference.fuse import fuse
 from mambavision.inference.optimization import optimize
+from mambavision.measure.memory import fitting
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.complexity import count_complexity
 
@@ -85,26 +86,28 @@ def prepare(
 
     Raises:
         UnknownVariantError: neither ours nor timm's.
+        OutOfMemoryError: its weights do not fit.
         ValueError: the way is for our networks alone, does not run here or not in this type, or the network does not
             take this size.
     """
     prepared, compiled, casts = WAYS[way]
     if way == "optimized-float8" and dtype != "bfloat16":
         raise ValueError(f"{way} computes in bfloat16 around its 8-bit convolutions; choose that type, not {dtype}.")
-    if name in VARIANTS:
-        model: nn.Module = create_model(name, device=device).eval()
-        size = img_size or get_config(name).preprocessing.img_size
-    else:
+    with fitting(f"{name} ({way}, {dtype})", device, "choose another model or device"):
+        if name in VARIANTS:
+            model: nn.Module = create_model(name, device=device).eval()
+            size = img_size or get_config(name).preprocessing.img_size
+        else:
+            if prepared is not None:
+                raise ValueError(f"{way} is for our own networks alone; time {name} by eager or compile.")
+            model, size = _from_timm(name, img_size)
+            model = model.to(device)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        macs = _macs(model, size)
         if prepared is not None:
-            raise ValueError(f"{way} is for our own networks alone; time {name} by eager or compile.")
-        model, size = _from_timm(name, img_size)
-        model = model.to(device)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    macs = _macs(model, size)
-    if prepared is not None:
-        model = prepared(model, TYPES[dtype])
-    if not casts:
-        model = model.to(dtype=TYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model = prepared(model, TYPES[dtype])
+        if not casts:
+            model = model.to(dtype=TYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
     run: Callable[[Tensor], Any] = model
     if compiled:  # CUDA graphs where there are any: launches would hide what the kernels do
         run = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
@@ -124,8 +127,11 @@ def prepare(
 def _from_timm(name: str, img_size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
     try:
         import timm
-    except ImportError:
-        get_config(name)  # says the nearest names
+    except ImportError as missing:
+        try:
+            get_config(name)
+        except UnknownVariantError as error:
+            raise UnknownVariantError(f"{error} timm, which may have it, is missing: pip install timm.") from missing
         raise
     if not timm.is_model(name):
         try:

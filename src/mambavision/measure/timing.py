@@ -13,16 +13,13 @@ from pathlib import Path
 
 import torch
 
+from mambavision.measure.memory import OutOfMemoryError, fitting
 from mambavision.measure.subjects import Subject
 
 WARM_UP_PASSES = 5  # at least
 MIN_PASSES = 10
 LARGEST_BATCH = 4096
 WORTH_DOUBLING = 1.03  # a batch of twice the size must bring so much more images/s for the search to go on
-
-
-class OutOfMemoryError(ValueError):
-    """A batch that does not fit; the message says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,30 +64,26 @@ def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measu
         OutOfMemoryError: the batch does not fit.
     """
     cuda = subject.device.type == "cuda"
-    try:
-        with torch.inference_mode():
-            pictures = subject.pictures(batch_size)
-            if cuda:
-                torch.cuda.reset_peak_memory_stats(subject.device)
-            start = time.perf_counter()
+    what = f"{subject.name} ({subject.way}, {subject.dtype}) with {batch_size} pictures at once"
+    with (
+        fitting(what, subject.device, "give a smaller --batch-size, or auto to have one found"),
+        torch.inference_mode(),
+    ):
+        pictures = subject.pictures(batch_size)
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(subject.device)
+        start = time.perf_counter()
+        subject.run(pictures)
+        _wait(subject.device)
+        first = time.perf_counter() - start
+        for _ in _passes(seconds / 2, WARM_UP_PASSES):
             subject.run(pictures)
             _wait(subject.device)
-            first = time.perf_counter() - start
-            for _ in _passes(seconds / 2, WARM_UP_PASSES):
-                subject.run(pictures)
-                _wait(subject.device)
-            times = []
-            timed = _time_on_cuda if cuda else _time_on_host
-            for _ in _passes(seconds, MIN_PASSES):
-                times.append(timed(subject, lambda: subject.run(pictures)))
-            peak = torch.cuda.max_memory_allocated(subject.device) / 2**20 if cuda else None
-    except torch.OutOfMemoryError as error:
-        if cuda:
-            torch.cuda.empty_cache()
-        raise OutOfMemoryError(
-            f"{subject.name} ({subject.way}, {subject.dtype}) does not fit on {subject.device} with {batch_size} "
-            "pictures at once; give a smaller --batch-size, or auto to have one found."
-        ) from error
+        times = []
+        timed = _time_on_cuda if cuda else _time_on_host
+        for _ in _passes(seconds, MIN_PASSES):
+            times.append(timed(subject, lambda: subject.run(pictures)))
+        peak = torch.cuda.max_memory_allocated(subject.device) / 2**20 if cuda else None
     median = statistics.median(times)
     return Measurement(
         model=subject.name,
@@ -180,10 +173,11 @@ def _time_on_host(subject: Subject, run: Callable[[], object]) -> float:
 
 
 def _time_on_cuda(subject: Subject, run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
+    with torch.cuda.device(subject.device):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
     _wait(subject.device)
     return start.elapsed_time(end) / 1e3
 

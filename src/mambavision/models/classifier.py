@@ -43,6 +43,11 @@ class MambaVision(MambaVisionBackbone):
         return self.config.channels[len(self.levels) - 1]
 
     @property
+    def pool_type(self) -> str:
+        """How the last map becomes a vector: `avg`, or in timm's form of the network another name of its pools."""
+        return "avg"
+
+    @property
     def head_hidden_size(self) -> int:
         """Channels of the pooled vector, which enters the classifier; timm's name."""
         return self.num_features

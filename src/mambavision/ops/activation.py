@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,16 +10,16 @@ from torch import Tensor
 Activation = Literal["none", "relu", "gelu", "gelu_tanh"]
 
 
-def activate(x: Tensor, activation: Activation) -> Tensor:
-    """Apply one by name; `gelu` is the exact form, by erf.
+def check_activation(activation: str) -> None:
+    """Raise ValueError for what is none of `Activation`."""
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}.")
 
-    Raises:
-        ValueError: no such activation.
-    """
+
+def activate(x: Tensor, activation: Activation) -> Tensor:
+    """Apply one by name; `gelu` is the exact form, by erf."""
     if activation == "none":
         return x
     if activation == "relu":
         return F.relu(x)
-    if activation in ("gelu", "gelu_tanh"):
-        return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")
-    raise ValueError(f"activation must be none, relu, gelu or gelu_tanh, got {activation!r}.")
+    return F.gelu(x, approximate="tanh" if activation == "gelu_tanh" else "none")

@@ -20,7 +20,7 @@ class Situation(NamedTuple):
     dtype: torch.dtype
     length: int = 0  # tokens of a sequence or window
     state: int = 0  # states of a scanned channel
-    width: int = 0  # channels of a head
+    width: int = 0  # channels of a head, or of the map between two convolutions
     dropout: bool = False  # whether weights of an attention are dropped
     differentiated: bool = False  # whether gradients are asked for
 
@@ -64,7 +64,7 @@ def triton_fault() -> str | None:
 def refuse_kernels(situation: Situation) -> str | None:
     """Why kernels for the usual floating types cannot run, or None."""
     if situation.device_type != "cuda":
-        return f"{situation.device_type} is no GPU that Triton compiles for here"
+        return f"Triton cannot compile for {situation.device_type} here"
     if situation.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{situation.dtype} is too wide for its kernels"
     return triton_fault()
@@ -87,6 +87,13 @@ def situation_of(x: torch.Tensor, *others: torch.Tensor | None) -> Situation:
     tensors = [tensor for tensor in (x, *others) if tensor is not None]
     differentiated = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
     return Situation(x.device.type, x.dtype, differentiated=differentiated)
+
+
+def check_shapes(**expected: tuple[torch.Tensor | None, tuple[int, ...]]) -> None:
+    """Raise ValueError, naming the argument, where a tensor that is given has another shape than the one beside it."""
+    for name, (tensor, shape) in expected.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} must be {shape} to fit the others, got {tuple(tensor.shape)}.")
 
 
 def select(op: str, backends: Sequence[Backend], situation: Situation, requested: str = "auto") -> Choice:

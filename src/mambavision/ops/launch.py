@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.library import wrap_triton
 
-_pending: dict[Hashable, Future[Any]] | None = None
-_pool: ThreadPoolExecutor | None = None
+
+class _Precompiling(threading.local):
+    """What is being compiled for the thread that asked for it; others launch meanwhile."""
+
+    pending: dict[Hashable, Future[Any]] | None = None
+    pool: ThreadPoolExecutor
+
+
+_precompiling = _Precompiling()
 
 
 def launcher(kernel: Any) -> Any:
     """`kernel`, to be called as `launcher(kernel)[grid](...)` inside a `triton_op`."""
-    return wrap_triton(kernel) if _pending is None else _Compiled(kernel)
+    if _precompiling.pending is not None:
+        return _Compiled(kernel)
+    wrapped = wrap_triton(kernel)
+    eager = wrapped is kernel  # else it is traced, and whoever compiles the graph sees to the device
+    return _OnItsDevice(kernel) if eager and torch.cuda.device_count() > 1 else wrapped
 
 
 @contextmanager
@@ -27,20 +39,35 @@ def precompiling() -> Iterator[None]:
     What the ops return meanwhile is memory as it comes. Compiling a kernel takes up to a second, and a network has
     tens of them.
     """
-    global _pending, _pool
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as _pool:
-        _pending = {}
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        pending: dict[Hashable, Future[Any]] = {}
+        _precompiling.pending, _precompiling.pool = pending, pool
         try:
             yield
         finally:
-            pending, _pending = _pending, None
+            _precompiling.pending = None
         for future in pending.values():
             future.result()
 
 
 def is_precompiling() -> bool:
     """Whether kernels are compiled and not launched."""
-    return _pending is not None
+    return _precompiling.pending is not None
+
+
+class _OnItsDevice:
+    """A kernel that runs on the GPU where its tensors are; Triton would take the current one."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def launch(*arguments: Any, **settings: Any) -> None:
+            device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                self.kernel[grid](*arguments, **settings)
+
+        return launch
 
 
 class _Compiled:
@@ -51,11 +78,11 @@ class _Compiled:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def submit(*arguments: Any, **settings: Any) -> None:
-            assert _pending is not None
-            assert _pool is not None
+            pending = _precompiling.pending
+            assert pending is not None
             key = (self.kernel, *map(_specialised, arguments), *sorted(settings.items()))
-            if key not in _pending:
-                _pending[key] = _pool.submit(_warm_up, self.kernel, arguments, settings, grid)
+            if key not in pending:
+                pending[key] = _precompiling.pool.submit(_warm_up, self.kernel, arguments, settings, grid)
 
         return submit
 

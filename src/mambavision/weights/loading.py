@@ -127,7 +127,7 @@ def _adapted_first_conv(own: Mapping[str, torch.Tensor], given: Mapping[str, tor
     if channels != 3:
         raise CheckpointError(
             f"The checkpoint is for pictures of {channels} channel{'s' if channels > 1 else ''} and the model for "
-            f"{wanted}; weights for 3 channels alone can be adapted: create the model with in_chans={channels}."
+            f"{wanted}; only weights for 3 channels can be adapted: create the model with in_chans={channels}."
         )
     return adapt_first_conv(given[FIRST_CONV], wanted)
 

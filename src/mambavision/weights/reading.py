@@ -170,7 +170,7 @@ def _unpickle(path: Path) -> Any:
         asked = re.search(r"(?:GLOBAL|unrecognized function|classes allowlisted.*but got) ([^\s;]+)", str(error))
         what = f"it asks for {asked[1]}" if asked else "it uses pickle instructions that weights do not need"
         raise CheckpointError(
-            f"{path} is refused and nothing in it was run: {what}; have its tensors saved alone, as safetensors."
+            f"{path} is refused and nothing in it was run: {what}; ask for a safetensors file with its tensors."
         ) from error
     except Exception as error:  # garbage bytes make an unpickler raise anything at all
         raise CheckpointError(f"{path} is a truncated or corrupt PyTorch archive: {_reason(error)}.") from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambavision.ops.activation import Activation
-from mambavision.ops.backend import Backend, refuse_inference_kernels, select, situation_of
+from mambavision.ops.activation import Activation, check_activation
+from mambavision.ops.backend import Backend, check_shapes, refuse_inference_kernels, select, situation_of
 from mambavision.ops.conv3x3.reference import conv3x3_reference
 
 
@@ -67,11 +67,17 @@ def conv3x3(
         (batch, columns, ceil(H / stride), ceil(W / stride)) in the type of x.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or no such stride or activation.
         RuntimeError: the requested backend cannot run here.
     """
     if x.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"weight must be (columns, {x.shape[1]}, 3, 3) to fit the map, got {tuple(weight.shape)}.")
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, got {stride}.")
+    check_activation(activation)
+    columns, (batch, _, height, width) = weight.shape[0], x.shape
+    map_shape = (batch, columns, -(-height // stride), -(-width // stride))
+    check_shapes(bias=(bias, (columns,)), residual=(residual, map_shape))
     choice = select("conv3x3", BACKENDS, situation_of(x, weight, bias, residual), backend)
     return choice.backend.function(x, weight, bias, residual, stride, activation)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mambavision.ops.activation import Activation, activate
-from mambavision.ops.backend import Backend, select, situation_of
+from mambavision.ops.activation import Activation, activate, check_activation
+from mambavision.ops.backend import Backend, check_shapes, select, situation_of
 from mambavision.ops.float8 import refuse_float8_kernels, to_float8
 
 Result = tuple["Tensor | None", Tensor]
@@ -77,13 +77,18 @@ def conv3x3_float8(
 
     Raises:
         TypeError: x or weight are of another type.
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or no such activation.
         RuntimeError: the requested backend cannot run here.
     """
     if x.dtype != torch.float8_e4m3fn or weight.dtype != torch.float8_e4m3fn:
         raise TypeError(f"x and weight must be float8_e4m3fn, got {x.dtype} and {weight.dtype}.")
     if x.dim() != 4 or weight.shape[1:] != (x.shape[1], 3, 3):
         raise ValueError(f"weight must be (columns, {x.shape[1]}, 3, 3) to fit the map, got {tuple(weight.shape)}.")
+    check_activation(activation)
+    columns, (batch, _, height, width) = weight.shape[0], x.shape
+    check_shapes(
+        scale=(scale, (columns,)), bias=(bias, (columns,)), residual=(residual, (batch, columns, height, width))
+    )
     choice = select("conv3x3_float8", BACKENDS, situation_of(x, weight, bias, residual), backend)
     function = cast("Callable[..., Result]", choice.backend.function)
     return function(x, weight, scale, bias, residual, activation)

@@ -39,14 +39,15 @@ def conv3x3_kernel(
     HAS_COPY: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """BLOCK_M output pixels by BLOCK_N + TAIL channels. Grid: (tiles of channels, tiles of pixels).
+    """BLOCK_M output pixels by BLOCK_N + TAIL channels. Grid: (tiles of channels x tiles of pixels,), in this order.
 
     A product of matrices whose left one is never formed: its inner index runs over taps and channels, and its rows are
     gathered from the map on the way.
     """
     INNER: tl.constexpr = 9 * CHANNELS
     columns = columns * UNIT
-    pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tiles = tl.cdiv(columns, BLOCK_N + TAIL)
+    pixel = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
     image = pixel // (out_height * out_width)
     top = pixel // out_width % out_height * STRIDE - 1
@@ -58,7 +59,7 @@ def conv3x3_kernel(
 
     k = tl.arange(0, BLOCK_K)
     WIDTHS: tl.constexpr = (BLOCK_N, TAIL)
-    start_column = tl.program_id(0) * (BLOCK_N + TAIL)
+    start_column = tl.program_id(0) % tiles * (BLOCK_N + TAIL)
     columns_of, weights_at, sums = (), (), ()  # an entry a tile
     for part in tl.static_range(2):
         if WIDTHS[part] > 0:
@@ -144,10 +145,11 @@ def finish_kernel(
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
-    """The end of a convolution that a library computed. Grid: (blocks of channels, blocks of pixels)."""
+    """The end of a convolution that a library computed. Grid: (blocks of channels x blocks of pixels,)."""
     columns = columns * UNIT
-    pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(columns, BLOCK_N)
+    pixel = tl.program_id(0) // blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     offset = pixel.to(tl.int64) * columns
     inside = pixel < pixels
     acc = tl.load(

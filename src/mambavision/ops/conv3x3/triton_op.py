@@ -151,8 +151,8 @@ def _launch_kernel(
     _, columns, out_height, out_width = out.shape
     strides = (x.stride(0), x.stride(2), x.stride(3), columns)
     unit = common_unit(*strides)
-    grid = (triton.cdiv(columns, tile.columns + tile.tail), triton.cdiv(batch * out_height * out_width, tile.rows))
-    launcher(conv3x3_kernel)[grid](
+    tiles = triton.cdiv(columns, tile.columns + tile.tail) * triton.cdiv(batch * out_height * out_width, tile.rows)
+    launcher(conv3x3_kernel)[(tiles,)](
         x, weight, scale, bias, residual, out, copy,
         batch, height, width, out_height, out_width, *(step // unit for step in strides),
         UNIT=unit, CHANNELS=channels, WEIGHT_ROW=weight.stride(0), STRIDE=stride,
@@ -190,7 +190,7 @@ def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, activat
     columns = out.shape[1]
     pixels = out.numel() // columns
     unit = common_unit(columns)
-    launcher(finish_kernel)[(triton.cdiv(columns, FINISH_COLUMNS), triton.cdiv(pixels, FINISH_PIXELS))](
+    launcher(finish_kernel)[(triton.cdiv(columns, FINISH_COLUMNS) * triton.cdiv(pixels, FINISH_PIXELS),)](
         out, bias, out if residual is None else residual, pixels, columns // unit,
         UNIT=unit, BLOCK_M=FINISH_PIXELS, BLOCK_N=FINISH_COLUMNS, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=4,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, refuse_inference_kernels, select, situation_of
+from mambavision.ops.backend import Backend, check_shapes, refuse_inference_kernels, select, situation_of
 from mambavision.ops.layer_norm.reference import layer_norm_reference
 
 
@@ -34,8 +34,10 @@ def layer_norm(x: Tensor, offset: Tensor | None = None, *, eps: float, backend: 
         (..., channels) in the type of x.
 
     Raises:
+        ValueError: shapes do not fit.
         RuntimeError: the requested backend cannot run here.
     """
+    check_shapes(offset=(offset, (x.shape[-1],)))
     return select("layer_norm", BACKENDS, situation_of(x, offset), backend).backend.function(x, offset, eps)
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambavision.ops.activation import Activation
-from mambavision.ops.backend import Backend, refuse_inference_kernels, select, situation_of
+from mambavision.ops.activation import Activation, check_activation
+from mambavision.ops.backend import Backend, check_shapes, refuse_inference_kernels, select, situation_of
 from mambavision.ops.linear.reference import linear_reference
 
 
@@ -61,14 +61,16 @@ def linear(
         (..., columns) in the type of x.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or no such activation.
         RuntimeError: the requested backend cannot run here.
     """
     columns, inner = weight.shape
     if x.shape[-1] != inner:
         raise ValueError(f"x must have {inner} channels to fit the weight {tuple(weight.shape)}, got {tuple(x.shape)}.")
-    if residual is not None and residual.shape != (*x.shape[:-1], columns):
-        raise ValueError(f"residual must be {(*x.shape[:-1], columns)}, got {tuple(residual.shape)}.")
+    check_activation(activation)
+    check_shapes(
+        bias=(bias, (columns,)), weight_sum=(weight_sum, (columns,)), residual=(residual, (*x.shape[:-1], columns))
+    )
     choice = select("linear", BACKENDS, situation_of(x, weight, bias, residual), backend)
     return choice.backend.function(x, weight, bias, residual, norm_eps, weight_sum, activation)
 

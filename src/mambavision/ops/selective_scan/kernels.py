@@ -135,14 +135,15 @@ def walk_kernel(
     SAVE: tl.constexpr,
     ENDS: tl.constexpr,  # then y is not written
 ):
-    """Walk one chunk of BLOCK channels. Grid: (blocks of channels, chunks, batch)."""
+    """Walk one chunk of BLOCK channels. Grid: (blocks of channels x batch, chunks)."""
     HALVES: tl.constexpr = 2 if PAIRED else 1  # groups of states that a vector load brings
     VECTORS: tl.constexpr = N // (WIDTH * HALVES)
     PACK: tl.constexpr = HALVES  # elements in what a pointer of B or C points to
-    batch = tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(channels, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, length)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = (channel < channels) | WHOLE
     chunks = tl.num_programs(1)
 
@@ -312,14 +313,15 @@ def backward_kernel(
     ENDS: tl.constexpr,  # then only `ends` and `sums` are written
     LEVELS: tl.constexpr,  # log2 of the terms of grad_BC in a group, 2 GROUP N / WIDTH
 ):
-    """Walk one chunk of BLOCK channels in reverse. Grid: (blocks of channels, chunks, batch)."""
+    """Walk one chunk of BLOCK channels in reverse. Grid: (blocks of channels x batch, chunks)."""
     HALVES: tl.constexpr = 2 if PAIRED else 1
     VECTORS: tl.constexpr = N // (WIDTH * HALVES)
     PACK: tl.constexpr = HALVES
-    batch = tl.program_id(2).to(tl.int64)
+    blocks = tl.cdiv(channels, BLOCK)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, length)
-    channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    channel = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     inside = (channel < channels) | WHOLE
     chunks = tl.num_programs(1)
     slot = batch * chunks + tl.program_id(1)
@@ -446,7 +448,7 @@ def backward_kernel(
             else:
                 of_state = row % WIDTH + (term // 2 % VECTORS) * WIDTH
             token_at = start + GROUP - 1 - term // (2 * HALVES * VECTORS)
-            line = (tl.program_id(0) * tl.num_programs(2) + batch) * length + token_at
+            line = (tl.program_id(0) % blocks * (tl.num_programs(0) // blocks) + batch) * length + token_at
             column = tl.arange(0, 16)[None, :]
             once = (column == 0) & ((token_at < last) | FULL)
             tl.store(grad_BC + (2 * line + term % 2) * N + of_state + column * 0, summed, mask=once)

@@ -128,7 +128,7 @@ def scan_backward(
         settings = fixed | _settings(x, A, B, cuts, D, dt_bias)
         settings["LEVELS"] = (2 * SAVED_GROUP * state // settings["WIDTH"]).bit_length() - 1
         starts = ends = sums = saved  # read or written only where there are chunks
-        grid = (cuts.blocks, cuts.chunks, batch)
+        grid = (cuts.blocks * batch, cuts.chunks)
         outputs = (grad_x, grad_dt, grad_BC, grad_constants)
         if cuts.chunks > 1:
             ends, sums = _float32(x, batch, cuts.chunks, state, channels), _float32(x, batch, cuts.chunks, channels)
@@ -193,7 +193,7 @@ def _walk(
     settings["SHORT"] = saved is None and x.element_size() == 2 and dt.element_size() == 2
     starts = ends = sums = y  # read or written only where there are chunks
     states = y if saved is None else saved
-    grid = (cuts.blocks, cuts.chunks, batch)
+    grid = (cuts.blocks * batch, cuts.chunks)
     if cuts.chunks > 1:
         ends = _float32(x, batch, cuts.chunks, A.shape[1], channels)
         sums = _float32(x, batch, cuts.chunks, channels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, Situation, refuse_inference_kernels, select, situation_of
+from mambavision.ops.backend import Backend, Situation, check_shapes, refuse_inference_kernels, select, situation_of
 from mambavision.ops.stem.reference import stem_reference
 
 
@@ -17,8 +17,15 @@ def _triton(
     return y
 
 
+def _refuse_kernel(situation: Situation) -> str | None:
+    middle = situation.width
+    if middle < 16 or middle & (middle - 1):
+        return f"its kernel takes 16, 32, 64, ... middle channels, not {middle}"
+    return refuse_inference_kernels(situation)
+
+
 BACKENDS = (
-    Backend("triton", _triton, "GPU kernel", refuse_inference_kernels),
+    Backend("triton", _triton, "GPU kernel", _refuse_kernel),
     Backend("reference", stem_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
 )
 
@@ -49,24 +56,19 @@ def stem(
         (batch, columns, H / strides, W / strides), each side rounded up, in the type of the weights.
 
     Raises:
+        ValueError: shapes do not fit.
         RuntimeError: the requested backend cannot run here.
     """
-    situation = situation_of(x, weight1, weight2)._replace(dtype=weight1.dtype)
-    middle = weight1.shape[0]
-    choice = select("stem", _backends(middle), situation, backend)
+    middle, columns = weight1.shape[0], weight2.shape[0]
+    check_shapes(
+        weight1=(weight1, (middle, x.shape[1], 3, 3)),
+        bias1=(bias1, (middle,)),
+        weight2=(weight2, (columns, middle, 3, 3)),
+        bias2=(bias2, (columns,)),
+    )
+    situation = situation_of(x, weight1, weight2)._replace(dtype=weight1.dtype, width=middle)
+    choice = select("stem", BACKENDS, situation, backend)
     return choice.backend.function(x, weight1, bias1, weight2, bias2, strides)
-
-
-def _backends(middle: int) -> tuple[Backend, ...]:
-    """`BACKENDS`, without the kernel for a number of middle channels that it does not take."""
-
-    def refuse(situation: Situation) -> str | None:
-        if middle < 16 or middle & (middle - 1):
-            return f"its kernel takes 16, 32, 64, ... middle channels, not {middle}"
-        return refuse_inference_kernels(situation)
-
-    kernel, *others = BACKENDS
-    return (Backend(kernel.name, kernel.function, kernel.strength, refuse), *others)
 
 
 __all__ = ["BACKENDS", "stem"]
