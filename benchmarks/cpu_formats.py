@@ -4,8 +4,8 @@
 
 All ways take turns, round after round, so that a slow moment of the machine hits all alike. Before each the threads of
 the one before get time to fall asleep, since onnxruntime's wait for work at full speed, and one call is not counted.
-`optimized` is `optimize` of our network, and channels-last convnext_tiny; `compile` is torch.compile with frozen
-weights of the folded, and of the other, network in channels-last.
+`optimized` is `optimize` of our network; `compile` is torch.compile with frozen weights of the folded, and of the other,
+network in channels-last.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def ways(images: torch.Tensor, folder: Path, *, compile_too: bool) -> dict[tuple
         name, pictures = str(dtype).removeprefix("torch."), images.to(dtype)
         other = timm.create_model(PEER).eval().to(dtype).to(memory_format=torch.channels_last)
         found[OURS, "optimized", name] = partial(optimize(ours, dtype=dtype), pictures)
-        found[PEER, "optimized", name] = partial(other, pictures)
+        found[PEER, "channels-last", name] = partial(other, pictures)
         if compile_too:
             found[OURS, "compile", name] = partial(compiled(fuse(ours), dtype), pictures)
             found[PEER, "compile", name] = partial(compiled(timm.create_model(PEER).eval(), dtype), pictures)
