@@ -32,7 +32,7 @@ class Backend:
     Attributes:
         name: what users pass as `backend=`.
         function: the implementation; every backend of an op has the same signature.
-        strength: why it is the choice where it is chosen, for the log and for users.
+        strength: why it is the choice where it is chosen, for users.
         refusal: for a `Situation`, the reason why the backend cannot run there, or None when it can.
         automatic: whether `auto` may take it; the others run when they are asked for by name.
     """

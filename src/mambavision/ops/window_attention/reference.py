@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# All but cuDNN's, whose backward gives NaN at some lengths, 64 among them (PyTorch issue 196678).
+# All but cuDNN's: a training run with it met NaN in a gradient at a length of 64 (compare PyTorch issue 196678).
 TRAINING_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 SHORT_LENGTH = 64  # tokens up to which memory-efficient attention beats flash attention, whose tiles are larger
 _SHORT_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
