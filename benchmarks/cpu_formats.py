@@ -4,8 +4,8 @@
 
 All ways take turns, round after round, so that a slow moment of the machine hits all alike. Before each the threads of
 the one before get time to fall asleep, since onnxruntime's wait for work at full speed, and one call is not counted.
-`optimized` is `optimize` of our network; `compile` is torch.compile with frozen weights of the folded, and of the other,
-network in channels-last.
+`optimized` is `optimize` of our network; `compile` is torch.compile with frozen weights, of the folded network and of
+the other one, in channels-last.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from mambavision.weights.checkpoint import replaced_when_done
+from mambavision.files import replaced_when_done
 from readme_tables import best_ways
 
 RESULTS = Path(__file__).parent / "results"

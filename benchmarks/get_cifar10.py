@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from torchvision.datasets import CIFAR10
 
-from mambavision.weights.checkpoint import replaced_when_done
+from mambavision.files import replaced_when_done
 
 
 def convert(archive: Path, folder: Path, *, download: bool = True) -> None:

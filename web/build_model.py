@@ -23,11 +23,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from mambavision import Predictor
+from mambavision.files import replaced_when_done
 from mambavision.inference.fuse import FusedMixer, fuse
 from mambavision.inference.images import read_image, sample_pictures
 from mambavision.inference.preprocess import build_transform
 from mambavision.weights import WEIGHTS
-from mambavision.weights.checkpoint import replaced_when_done
 
 MODEL = "mamba_vision_nano_32"
 OPSET = 18

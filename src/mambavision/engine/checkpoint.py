@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mambavision.weights.checkpoint import replaced_when_done
+from mambavision.files import replaced_when_done
 
 LAST = "last.pt"
 FORMAT = 1

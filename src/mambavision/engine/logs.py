@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from mambavision.weights.checkpoint import replaced_when_done
+from mambavision.files import replaced_when_done
 
 STEPS = "steps.csv"
 EPOCHS = "epochs.csv"

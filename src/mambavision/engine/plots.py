@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mambavision.engine.logs import EPOCHS, STEPS, read_table
-from mambavision.weights.checkpoint import replaced_when_done
+from mambavision.files import replaced_when_done
 
 CURVES = "curves.png"
 SMOOTHED_OVER = 1 / 50  # of the run

@@ -32,10 +32,10 @@ from mambavision.engine.nonfinite import NonFiniteError, first_bad_layer
 from mambavision.engine.plots import plot_run
 from mambavision.engine.step import TrainingStep
 from mambavision.factory import create_model
+from mambavision.files import replaced_when_done
 from mambavision.inference.predictor import find_device
 from mambavision.models.classifier import MambaVision
 from mambavision.weights import save_checkpoint
-from mambavision.weights.checkpoint import replaced_when_done
 
 BEST = "best.safetensors"
 FINAL = "final.safetensors"

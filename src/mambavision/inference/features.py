@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from mambavision.files import replaced_when_done
 from mambavision.inference.images import printable
-from mambavision.weights.checkpoint import replaced_when_done
 
 SUFFIXES = (".npz", ".parquet")
 HEADER_KEY = b"mambavision"
@@ -125,8 +125,7 @@ def load_features(path: str | os.PathLike[str]) -> Features:
     """Read what `save_features` wrote.
 
     Raises:
-        FeaturesError: it is something else or broken, or pyarrow is not installed.
-        FileNotFoundError: no file there.
+        FeaturesError: there is no such file, it is something else or broken, or pyarrow is not installed.
     """
     path = Path(path)
     if path.suffix.lower() == ".parquet":

@@ -11,9 +11,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mambavision.files import replaced_when_done
 from mambavision.inference.explain import AttentionMap, Explanation
 from mambavision.inference.images import printable
-from mambavision.weights.checkpoint import replaced_when_done
 
 PANEL = 320  # longer side of a panel, px
 _GAP = 16

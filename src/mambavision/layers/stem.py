@@ -39,7 +39,7 @@ class Stem(nn.Module):
             nn.ReLU(),
         )
 
-    def forward(self, x: Tensor) -> Tensor:  # (batch, in_chans, H, W) -> (batch, dim, ceil(H / 4), ceil(W / 4))
+    def forward(self, x: Tensor) -> Tensor:  # (batch, in_chans, H, W) -> (batch, dim, H / strides, W / strides)
         return self.conv_down(x)
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from mambavision.files import replaced_when_done
 from mambavision.measure.timing import Measurement
-from mambavision.weights.checkpoint import replaced_when_done
 
 
 def plot_speeds(measured: Sequence[Measurement], path: Path, *, title: str) -> None:

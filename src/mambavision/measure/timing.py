@@ -102,9 +102,7 @@ def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measu
     )
 
 
-def search_batch_size(
-    subject: Subject, *, seconds: float = 2.0, report: Callable[[Measurement], None] = lambda _: None
-) -> Measurement:
+def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Measurement:
     """The measurement of the batch size, doubled from 1, that gives the most images a second.
 
     It ends where doubling brings less than 3 %, at 4096 pictures, or where memory does.
@@ -112,19 +110,16 @@ def search_batch_size(
     Args:
         subject: what is measured.
         seconds: as for `measure`.
-        report: called with every measurement on the way.
 
     Raises:
         OutOfMemoryError: not even one picture fits.
     """
     best = measure(subject, 1, seconds=seconds)
-    report(best)
     while best.batch_size < LARGEST_BATCH:
         try:
             found = measure(subject, 2 * best.batch_size, seconds=seconds)
         except OutOfMemoryError:
             break
-        report(found)
         if found.images_per_second < WORTH_DOUBLING * best.images_per_second:
             return max(best, found, key=lambda measurement: measurement.images_per_second)
         best = found

@@ -57,7 +57,10 @@ class MambaVision(MambaVisionBackbone):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last map after the final norm, (batch, num_features, H / 32, W / 32)."""
+        """The last map after the final norm, (batch, num_features, H / stride, W / stride), rounded up.
+
+        The stride is `config.reductions[-1]`: 32, or less where the stem's strides are 1.
+        """
         return self.norm(self._level_maps(x, last=len(self.levels) - 1)[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

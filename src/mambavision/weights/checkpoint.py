@@ -6,10 +6,9 @@ architecture, class names, preprocessing), `metrics` and `extra`. Nothing in suc
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 
 from mambavision.config import MambaVisionConfig
+from mambavision.files import replaced_when_done
 
 HEADER_KEY = "mambavision"
 
@@ -43,18 +43,6 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
     path: Path
-
-
-@contextlib.contextmanager
-def replaced_when_done(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place when the block ends, or vanishes when it fails."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(

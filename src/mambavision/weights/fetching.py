@@ -8,7 +8,8 @@ import os
 import shutil
 from pathlib import Path
 
-from mambavision.weights.checkpoint import CheckpointError, replaced_when_done
+from mambavision.files import replaced_when_done
+from mambavision.weights.checkpoint import CheckpointError
 from mambavision.weights.reading import HUB_MODEL
 from mambavision.weights.table import WEIGHTS, WeightSpec
 

@@ -42,7 +42,7 @@ class MambaVisionModelOutput(ModelOutput):
         pooler_output: the average of `last_hidden_state` over the picture, (batch, hidden_size).
         hidden_states: the four maps, each taken at the end of a level before its down-sampling and before the final
             norm, (batch, channels, height, width).
-        last_hidden_state: the last map after the final norm, (batch, hidden_size, height / 32, width / 32).
+        last_hidden_state: the last map after the final norm, (batch, hidden_size, rows, columns).
         attentions: on demand, weights of each self-attention in order, (batch * windows, heads, length, length).
     """
 
