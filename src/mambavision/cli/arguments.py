@@ -1,4 +1,4 @@
-"""What the commands share: types of arguments, and the error for those that fit no type."""
+"""What the commands share: arguments, their types, the error for those that fit none, and where messages go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mambavision.inference.predictor import Predictor
 
 
@@ -32,6 +34,26 @@ def image_size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
+def add_network(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --checkpoint: which network with which weights."""
+    parser.add_argument(
+        "--model", metavar="NAME", help="a variant of `mambavision models`; its published weights are fetched"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="your own weights, or a public file together with --model")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add --device."""
+    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+
+
+def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
+    """Add --batch-size."""
+    parser.add_argument(
+        "--batch-size", type=positive, default=default, metavar="N", help=f"pictures at once (default: {default})"
+    )
+
+
 def open_predictor(options: argparse.Namespace) -> Predictor:
     """The predictor that --model, --checkpoint, --device and --batch-size describe; UsageError when there is none."""
     from mambavision.inference.predictor import Predictor
@@ -42,6 +64,13 @@ def open_predictor(options: argparse.Namespace) -> Predictor:
         )
     except ValueError as error:  # what was asked for cannot be
         raise UsageError(str(error)) from error
+
+
+def message_console() -> Console:
+    """Where messages and progress go: standard error, their text as it is."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 # What argparse calls them where `int` refuses the text.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambavision.cli.arguments import TYPES, UsageError, image_size, positive
+from mambavision.cli.arguments import TYPES, UsageError, add_device, image_size, message_console, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--img-size", type=image_size, metavar="SIZE", help="picture side, or HEIGHTxWIDTH (default: the model's own)"
     )
-    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    add_device(parser)
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each measurement (default: 2)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s over batch size (PNG, SVG or PDF)")
@@ -64,14 +64,12 @@ def main(argv: Sequence[str]) -> int:
     if options.plot is not None:
         _check_plot(options.plot)
 
-    from rich.console import Console
-
     from mambavision.inference.predictor import find_device
     from mambavision.measure.memory import OutOfMemoryError
     from mambavision.measure.subjects import prepare
     from mambavision.measure.timing import describe_protocol
 
-    messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    messages = message_console()
     device = find_device(options.device)
     protocol = describe_protocol(device, options.seconds)
     for name, value in protocol.items():

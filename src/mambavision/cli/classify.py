@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from mambavision.cli.arguments import open_predictor, positive
+from mambavision.cli.arguments import add_batch_size, add_device, add_network, message_console, open_predictor, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,14 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
         "or - for the bytes of one picture on standard input",
     )
     parser.add_argument("--samples", action="store_true", help="classify the photographs that ship with the package")
-    parser.add_argument(
-        "--model", metavar="NAME", help="a variant of `mambavision models`; its published weights are fetched"
-    )
-    parser.add_argument("--checkpoint", metavar="FILE", help="your own weights, or a public file together with --model")
+    add_network(parser)
     parser.add_argument("--top-k", type=positive, default=5, metavar="K", help="classes a picture (default: 5)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
-    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="pictures at once (default: 16)")
+    add_device(parser)
+    add_batch_size(parser, 16)
     return parser
 
 
@@ -56,11 +53,9 @@ def main(argv: Sequence[str]) -> int:
     if not options.paths and not options.samples:
         parser.error("no pictures given: name files, folders or globs, - for standard input, or use --samples")
 
-    from rich.console import Console
-
     from mambavision.inference.images import find_pictures, sample_pictures
 
-    messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    messages = message_console()
     pictures: list[Picture] = list(sample_pictures()) if options.samples else []
     failed = False
     for path in options.paths:

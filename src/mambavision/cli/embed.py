@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mambavision.cli.arguments import open_predictor, positive
+from mambavision.cli.arguments import add_batch_size, add_device, add_network, message_console, open_predictor
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,12 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="FILE", help="table to write, .npz or .parquet"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
-    parser.add_argument(
-        "--model", metavar="NAME", help="a variant of `mambavision models`; its published weights are fetched"
-    )
-    parser.add_argument("--checkpoint", metavar="FILE", help="your own weights, or a public file together with --model")
-    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures at once (default: 32)")
+    add_network(parser)
+    add_device(parser)
+    add_batch_size(parser, 32)
     return parser
 
 
@@ -45,12 +42,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; 1 when a picture or a path failed."""
     options = build_parser().parse_args(argv)
 
-    from rich.console import Console
-
     from mambavision.inference.features import FeaturesError, check_output
     from mambavision.inference.images import find_pictures
 
-    messages = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+    messages = message_console()
     check_output(options.output)
     if options.output.exists() and not options.overwrite:
         raise FeaturesError(f"{options.output} exists; --overwrite replaces it, --output names another.")

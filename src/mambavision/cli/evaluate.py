@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambavision.cli.arguments import TYPES, UsageError, open_predictor, positive
+from mambavision.cli.arguments import (
+    TYPES,
+    UsageError,
+    add_batch_size,
+    add_device,
+    add_network,
+    open_predictor,
+)
 
 if TYPE_CHECKING:
     from mambavision.engine.evaluate import Evaluation
@@ -33,18 +40,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder with val/CLASS/PICTURE (or validation, test), with val.npz, with CLASS/PICTURE, or a .npz file",
     )
-    parser.add_argument(
-        "--model", metavar="NAME", help="a variant of `mambavision models`; its published weights are fetched"
-    )
-    parser.add_argument("--checkpoint", metavar="FILE", help="your own weights, or a public file together with --model")
-    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    add_network(parser)
+    add_device(parser)
     parser.add_argument(
         "--precision",
         choices=TYPES,
         default="float32",
         help="type of autocast (default: float32)",
     )
-    parser.add_argument("--batch-size", type=positive, default=128, metavar="N", help="pictures at once (default: 128)")
+    add_batch_size(parser, 128)
     parser.add_argument(
         "--workers", type=int, default=4, metavar="N", help="processes that read pictures; 0 for none (default: 4)"
     )

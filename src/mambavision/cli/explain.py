@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambavision.cli.arguments import UsageError, image_size, open_predictor
+from mambavision.cli.arguments import UsageError, add_device, add_network, image_size, open_predictor
 
 SUMMARY = "Show where a model looked: class activation and attention over a picture."
 SUFFIX = ".explained.png"
@@ -53,11 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--img-size", type=image_size, metavar="SIZE", help="resize pictures to this instead of the model's own size"
     )
-    parser.add_argument(
-        "--model", metavar="NAME", help="a variant of `mambavision models`; its published weights are fetched"
-    )
-    parser.add_argument("--checkpoint", metavar="FILE", help="your own weights, or a public file together with --model")
-    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    add_network(parser)
+    add_device(parser)
     parser.set_defaults(batch_size=1)
     return parser
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mambavision.cli.arguments import UsageError, open_predictor, positive
+from mambavision.cli.arguments import UsageError, add_batch_size, add_device, open_predictor, positive
 
 if TYPE_CHECKING:
     from mambavision.inference.features import Features, Neighbour
@@ -34,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--model", metavar="NAME", help="the network of the table (default: as the table says)")
     parser.add_argument("--checkpoint", metavar="FILE", help="its weights, if they have moved")
-    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="pictures at once (default: 32)")
+    add_device(parser)
+    add_batch_size(parser, 32)
     return parser
 
 

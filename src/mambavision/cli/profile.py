@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from mambavision.cli.arguments import TYPES, image_size, positive
+from mambavision.cli.arguments import TYPES, add_device, image_size, positive
 
 if TYPE_CHECKING:
     from mambavision.measure.profiling import Share
@@ -33,7 +33,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--img-size", type=image_size, metavar="SIZE", help="picture side, or HEIGHTxWIDTH (default: the model's own)"
     )
-    parser.add_argument("--device", default="auto", help="auto (default: CUDA, else MPS, else CPU), cpu, cuda:1, ...")
+    add_device(parser)
     parser.add_argument("--top", type=positive, default=15, metavar="K", help="operations listed (default: 15)")
     parser.add_argument("--format", choices=("table", "json"), default="table", help="default: table")
     return parser
