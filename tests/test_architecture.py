@@ -48,7 +48,7 @@ CORE = {
         "measure",
         "export",
     },
-    "numpy": {"inference", "data", "engine"},
+    "numpy": {"inference", "data", "engine", "export.pictures"},
     "torchvision": {"inference", "data"},
     "PIL": {"inference", "data", "export.pictures"},
     "safetensors": {"weights"},

@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: MODEL, type and suffix)")
     parser.add_argument("--features", action="store_true", help="the four feature maps instead of the classes")
     parser.add_argument("--uint8", action="store_true", help="take pictures as bytes and normalise them inside")
+    parser.add_argument("--resize", action="store_true", help="onnx: take pictures of any size and resize them inside")
     parser.add_argument(
         "--img-size",
         type=image_size,
@@ -60,8 +61,8 @@ def main(argv: Sequence[str]) -> int:
     if options.device is not None and options.format != "aoti":
         raise UsageError(f"--device is for aoti alone; {options.format} files are for no device in particular.")
     settings = {}
-    for name in ("calibration", "batch_size"):
-        value = getattr(options, name)
+    for name in ("calibration", "batch_size", "resize"):
+        value = getattr(options, name) or None
         if value is not None and name not in chosen.settings:
             others = " and ".join(other for other, row in FORMATS.items() if name in row.settings)
             raise UsageError(f"--{name.replace('_', '-')} works only with {others}, not with {options.format}.")

@@ -48,7 +48,9 @@ class Format:
 
 
 FORMATS: dict[str, Format] = {
-    "onnx": Format(module="onnx", function="export_onnx", suffix=".onnx", dtypes=DTYPES, settings=("calibration",)),
+    "onnx": Format(
+        module="onnx", function="export_onnx", suffix=".onnx", dtypes=DTYPES, settings=("calibration", "resize")
+    ),
     "torch-export": Format(
         module="torch_export", function="export_torch", suffix=".pt2", dtypes=("float32", "float16")
     ),

@@ -96,9 +96,9 @@ def blank_input(graph: Graph, batch: int, size: tuple[int, int]) -> Tensor:
     return torch.zeros(shape, dtype=torch.uint8 if graph.uint8 else torch.float32, device=graph.mean.device)
 
 
-def dynamic_dimensions(graph: Graph) -> tuple[dict[int, Any]]:
+def dynamic_dimensions(*, uint8: bool) -> tuple[dict[int, Any]]:
     """Batch, height and width for `torch.export`."""
-    height = 1 if graph.uint8 else 2
+    height = 1 if uint8 else 2
     return (dict.fromkeys((0, height, height + 1), torch.export.Dim.DYNAMIC),)
 
 
@@ -107,7 +107,7 @@ def trace_program(graph: Graph) -> torch.export.ExportedProgram:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.export.export(
-            graph, (example_input(graph),), dynamic_shapes=dynamic_dimensions(graph), strict=False
+            graph, (example_input(graph),), dynamic_shapes=dynamic_dimensions(uint8=graph.uint8), strict=False
         )
     # Tracing notes how the example's sizes compare: that something was padded, that no map is a single pixel, which way
     # one lies in memory. The traced operations are right either way, and the file would refuse pictures that windows

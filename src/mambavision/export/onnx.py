@@ -6,6 +6,7 @@ part of the graph (by nothing where the windows fit).
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import tempfile
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambavision.export.check import ExportError, Report, Run, check_model, packages, write_checked
 from mambavision.export.formats import as_path, check_request
@@ -29,6 +30,7 @@ from mambavision.export.graph import (
     output_names,
 )
 from mambavision.export.pictures import Calibration, calibration_batches, describe_calibration
+from mambavision.export.resize import ResizeAndCrop
 from mambavision.models.backbone import MambaVisionBackbone
 
 OPSET = 18
@@ -36,6 +38,7 @@ OLDEST_TORCH = "2.7"  # exporters before cannot decompose a linear layer behind 
 # A protobuf holds 2 GiB; weights beyond lie in a second file beside it.
 MAX_BYTES_INSIDE = 2**31 - 2**26
 # What is quantised: the operations with weights and the products of attention. The scan stays float32.
+_RESIZED = "resized"  # pictures between resizing and the network
 QUANTIZED_OPERATORS = ["Conv", "Gemm", "MatMul"]
 
 
@@ -45,6 +48,7 @@ def export_onnx(
     *,
     dtype: str = "float32",
     uint8: bool = False,
+    resize: bool = False,
     calibration: Calibration | None = None,
 ) -> Report:
     """Write `model` as an ONNX file, reload it in onnxruntime and compare it with PyTorch on photographs.
@@ -61,6 +65,7 @@ def export_onnx(
         dtype: `float32`; `float16`, weights and all but the scan; or `int8`, weights, inputs of convolutions and
             matrix products, as QuantizeLinear and DequantizeLinear, the rest in float32.
         uint8: take pictures as bytes and normalise them in the graph.
+        resize: take pictures as bytes in any size, and resize and crop them in the graph, too.
         calibration: a folder of pictures, or pictures, on which int8 finds the ranges of activations; None takes the
             sample photographs.
 
@@ -81,6 +86,7 @@ def export_onnx(
         import onnxruntime  # noqa: F401  (`open_file` needs it)
         import onnxscript  # noqa: F401  (torch.onnx needs it)
 
+    uint8 = uint8 or resize
     graph = Graph(model, uint8=uint8, dtype=torch.float16 if dtype == "float16" else torch.float32)
     batches = calibration_batches(model, calibration, uint8=uint8) if dtype == "int8" else []
 
@@ -88,6 +94,8 @@ def export_onnx(
         proto = trace_onnx(model, graph)
         if dtype == "int8":
             proto = quantize_onnx(proto, graph, batches)
+        if resize:
+            put_before(proto, trace_resize(model))
         onnx.helper.set_model_props(proto, metadata(model))
         save_onnx(proto, draft, graph)
         onnx.checker.check_model(draft, full_check=True)
@@ -99,6 +107,7 @@ def export_onnx(
         runtime="onnxruntime",
         dtype=dtype,
         uint8=uint8,
+        decoded=resize,
         write=write,
         load=open_file,
         calibration=describe_calibration(calibration, batches) if batches else None,
@@ -128,15 +137,45 @@ def trace_onnx(model: MambaVisionBackbone, graph: Graph) -> Any:
             f"pip install --upgrade torch torchvision."
         )
     name = input_name(uint8=graph.uint8)
+    proto = _traced(graph, example_input(graph), dynamic_dimensions(uint8=graph.uint8), name, output_names(model))
+    _name_dimensions(proto, height=1 if graph.uint8 else 2)
+    return proto
+
+
+def trace_resize(model: MambaVisionBackbone) -> Any:
+    """`ResizeAndCrop` for the model as a protobuf."""
+    pictures = torch.zeros(2, 70, 90, model.config.in_chans, dtype=torch.uint8)
+    module = ResizeAndCrop(model.config.preprocessing).eval()
+    proto = _traced(module, pictures, dynamic_dimensions(uint8=True), input_name(uint8=True), [_RESIZED])
+    _name_dimensions(proto, height=1)
+    return proto
+
+
+def put_before(proto: Any, first: Any) -> None:
+    """Make the output of the graph `first` the input of `proto`, whose input has the name and place of `first`'s."""
+    from onnx import compose
+
+    taken = proto.graph.input[0].name
+    for node in proto.graph.node:
+        node.input[:] = [_RESIZED if name == taken else name for name in node.input]
+    first = compose.add_prefix(first, "resize/", rename_inputs=False, rename_outputs=False)
+    nodes = [*first.graph.node, *map(copy.deepcopy, proto.graph.node)]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    proto.graph.initializer.extend(first.graph.initializer)
+    proto.graph.input[0].CopyFrom(first.graph.input[0])
+
+
+def _traced(module: nn.Module, example: Tensor, dynamic: tuple[dict[int, Any]], name: str, outputs: list[str]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
-            graph,
-            (example_input(graph),),
+            module,
+            (example,),
             dynamo=True,
-            dynamic_shapes=dynamic_dimensions(graph),
+            dynamic_shapes=dynamic,
             input_names=[name],
-            output_names=output_names(model),
+            output_names=outputs,
             opset_version=OPSET,
             verbose=False,
         )
@@ -147,7 +186,6 @@ def trace_onnx(model: MambaVisionBackbone, graph: Graph) -> Any:
         del node.metadata_props[:]
     del proto.graph.value_info[:]  # its dimensions have the tracer's names
     del proto.graph.metadata_props[:]
-    _name_dimensions(proto, height=1 if graph.uint8 else 2)
     return proto
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -27,6 +28,16 @@ _CROP = 3 / 4  # of each side of a sample photograph
 def photographs(model: MambaVisionBackbone) -> Tensor:
     """The sample photographs as the model takes them, (photographs, in_chans, height, width), normalised."""
     return _normalised(model, [read_image(path) for path in sample_pictures()])
+
+
+def decoded_photographs(model: MambaVisionBackbone) -> list[tuple[Tensor, Tensor]]:
+    """(as the model takes it, as decoded: uint8, (1, H, W, in_chans)) of each sample photograph."""
+    pairs = []
+    for path in sample_pictures():
+        picture = read_image(path)
+        pixels = torch.from_numpy(np.array(picture if model.config.in_chans == 3 else picture.convert("L")))
+        pairs.append((_normalised(model, [picture]), pixels.reshape(1, picture.height, picture.width, -1)))
+    return pairs
 
 
 def as_input(model: MambaVisionBackbone, normalised: Tensor, *, uint8: bool) -> Tensor:
