@@ -39,6 +39,17 @@ class Column:
     form: str = ""
 
 
+# What the tables of the formats share.
+COMPARED = (
+    Column("format", "format"),
+    Column("dtype", "type"),
+    Column("runtime", "runtime"),
+    Column("bytes", "file / bytes", ","),
+    Column("error", "error", ".1e"),
+    Column("agreement", "PyTorch's class", ".1%"),
+)
+TIMED = (Column("milliseconds_1", "batch 1 / ms", ".1f"), Column("milliseconds_32", "batch 32 / ms", ".0f"))
+
 # Which columns are shown; a name here is a block of a document and, but for `models` and `PARTS`, a file of `results/`.
 TABLES: dict[str, tuple[Column, ...]] = {
     "models": (
@@ -151,27 +162,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("sequential_us", "without chunks / us", ".1f"),
         Column("training_us", "forward and backward / us", ".1f"),
     ),
-    "formats": (
-        Column("format", "format"),
-        Column("dtype", "type"),
-        Column("runtime", "runtime"),
-        Column("bytes", "file / bytes", ","),
-        Column("error", "error", ".1e"),
-        Column("agreement", "PyTorch's class", ".1%"),
-        Column("top1", "top-1 %", ".2f"),
-        Column("milliseconds_1", "batch 1 / ms", ".1f"),
-        Column("milliseconds_32", "batch 32 / ms", ".0f"),
-    ),
-    "formats_T": (
-        Column("format", "format"),
-        Column("dtype", "type"),
-        Column("runtime", "runtime"),
-        Column("bytes", "file / bytes", ","),
-        Column("error", "error", ".1e"),
-        Column("agreement", "PyTorch's class", ".1%"),
-        Column("milliseconds_1", "batch 1 / ms", ".1f"),
-        Column("milliseconds_32", "batch 32 / ms", ".0f"),
-    ),
+    "formats": (*COMPARED, Column("top1", "top-1 %", ".2f"), *TIMED),
+    "formats_T": (*COMPARED, *TIMED),  # random weights have no accuracy
     "onnx_variants": (
         Column("model", "model"),
         Column("side", "picture / px"),

@@ -6,6 +6,8 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import torch
+
 SOURCE = Path(__file__).parents[1] / "src"
 PACKAGE = SOURCE / "mambavision"
 EXTRAS = (
@@ -81,7 +83,8 @@ def test_the_bare_import_loads_nothing_else():
 
 def test_create_model_loads_torch_and_safetensors_alone():
     assert with_torch()["bare"] == ["mambavision"]
-    assert set(with_torch()["create_model"]) - {"torch"} == {"mambavision", "safetensors"}
+    more = {"torch"} if torch.__version__ < "2.7" else set()  # loads parts of itself with the first operation
+    assert set(with_torch()["create_model"]) == {"mambavision", "safetensors"} | more
     assert with_torch()["triton"] == []  # nor does torch on our behalf
 
 

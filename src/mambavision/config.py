@@ -65,6 +65,12 @@ class Preprocessing:
         if min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}.")
 
+    @property
+    def resize_size(self) -> tuple[int, int]:
+        """Height and width in pixels that a picture is resized to, or to cover, before the crop."""
+        height, width = self.img_size
+        return math.floor(height / self.crop_pct), math.floor(width / self.crop_pct)
+
     def statistics(self, in_chans: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and std for so many channels: as they are, one repeated, or the average of several.
 

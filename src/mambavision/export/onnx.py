@@ -38,8 +38,8 @@ OLDEST_TORCH = "2.7"  # exporters before cannot decompose a linear layer behind 
 # A protobuf holds 2 GiB; weights beyond lie in a second file beside it.
 MAX_BYTES_INSIDE = 2**31 - 2**26
 # What is quantised: the operations with weights and the products of attention. The scan stays float32.
-_RESIZED = "resized"  # pictures between resizing and the network
 QUANTIZED_OPERATORS = ["Conv", "Gemm", "MatMul"]
+_RESIZED = "resized"  # pictures between resizing and the network
 
 
 def export_onnx(

@@ -6,7 +6,6 @@ standard operations holds them for pictures of any size.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -28,8 +27,7 @@ class ResizeAndCrop(nn.Module):
     def __init__(self, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.size = preprocessing.img_size
-        target = [math.floor(side / preprocessing.crop_pct) for side in self.size]
-        self.target = (target[0], target[1])
+        self.target = preprocessing.resize_size
         self.squashes = preprocessing.crop_mode == "squash"
         self.interpolation = preprocessing.interpolation
 

@@ -33,7 +33,7 @@ def build_transform(preprocessing: Preprocessing, in_chans: int = 3) -> Compose:
     if in_chans not in (1, 3):
         raise ValueError(f"The model takes {in_chans} channels and pictures have 1 or 3; call it on tensors instead.")
     height, width = preprocessing.img_size
-    target = (math.floor(height / preprocessing.crop_pct), math.floor(width / preprocessing.crop_pct))
+    target = preprocessing.resize_size
     interpolation = InterpolationMode(preprocessing.interpolation)
     if preprocessing.crop_mode == "squash":
         resize = [Resize(target, interpolation)]

@@ -7,7 +7,6 @@ torchvision's, 4 calls them slow and fast and prefers Pillow's; `MambaVisionImag
 
 from __future__ import annotations
 
-import math
 import os
 from typing import Any
 
@@ -32,10 +31,7 @@ def processor_fields(config: MambaVisionConfig) -> dict[str, Any]:
     """Settings of an image processor that prepares pictures as a model's configuration says."""
     preprocessing = config.network_config().preprocessing
     height, width = preprocessing.img_size
-    resized = {
-        "height": math.floor(height / preprocessing.crop_pct),
-        "width": math.floor(width / preprocessing.crop_pct),
-    }
+    resized = dict(zip(("height", "width"), preprocessing.resize_size, strict=True))
     covers = preprocessing.crop_mode == "center" and height != width
     if preprocessing.crop_mode == "center" and not covers:
         resized = {"shortest_edge": resized["height"]}
