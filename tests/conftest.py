@@ -15,6 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 
+pytest.register_assert_rewrite("op_checks")
+
 
 def pytest_collection_modifyitems(config, items):
     slow = pytest.mark.skip(reason="slow: run with -m slow")
@@ -29,6 +31,18 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        made = empty(*args, **kwargs)
+        return made.fill_(float("nan")) if made.dtype.is_floating_point else made
+
+    monkeypatch.setattr(torch, "empty", filled)
 
 
 @pytest.fixture(scope="session")

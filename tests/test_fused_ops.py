@@ -11,6 +11,7 @@ from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
+from op_checks import DEVICE, random
 
 pytest.importorskip("triton", "3.3")
 
@@ -29,15 +30,10 @@ from mambavision.ops.tiles import (  # noqa: E402
 )
 from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 # On a GPU float32 products are cut to TF32, and the ops refuse it; Triton's interpreter cannot multiply bfloat16.
 TYPES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
-
-
-def random(*shape, dtype, scale=1.0):
-    return (scale * torch.randn(*shape)).to(dtype).to(DEVICE)
 
 
 def wide(*tensors):
@@ -54,18 +50,6 @@ def check(actual, usual, expected):
     assert actual.dtype == usual.dtype
     allowed = 6e-5 * expected.numel() ** 0.5  # by the kernels' GELU
     assert distance(actual, expected) <= 2 * distance(usual, expected) + allowed
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
-    empty = torch.empty
-
-    def filled(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.dtype.is_floating_point else made
-
-    monkeypatch.setattr(torch, "empty", filled)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

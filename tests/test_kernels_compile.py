@@ -66,7 +66,9 @@ for network, batch in networks:
             names |= {key[0].fn.__name__ for key in launch._precompiling.pending}
 
 # The training's own, as its operators launch them.
-from mambavision.ops.linear_gelu.triton_op import gelu_backward
+from mambavision.ops.add_layer_norm.triton_op import add_layer_norm, add_layer_norm_backward, affine_layer_norm
+from mambavision.ops.batch_norm.triton_op import batch_norm, batch_norm_backward
+from mambavision.ops.linear_gelu.triton_op import gelu, gelu_backward
 from mambavision.ops.selective_scan.triton_op import scan_backward, scan_for_training
 from mambavision.ops.token_conv.triton_op import token_conv_backward
 from mambavision.ops.window_attention.triton_op import window_attention, window_attention_backward
@@ -78,7 +80,17 @@ with torch.inference_mode(), launch.precompiling():
     qkv, u = random(2, 196, 3 * 320), random(2, 196, 160)
     window_attention_backward(random(2, 196, 320), qkv, *window_attention(qkv, 8), 8)
     token_conv_backward(random(2, 196, 320)[..., :160], u, torch.randn(160, 3))
-    gelu_backward(random(392, 1280), random(392, 1280))
+    gelu_backward(random(392, 1280), gelu(random(392, 1280), torch.randn(1280)))
+    image, affine = random(2, 80, 56, 56).contiguous(memory_format=torch.channels_last), torch.randn(80)
+    _, mean, variance = batch_norm(image, affine, affine, random(2), image, 1e-5, "none")
+    batch_norm_backward(image, image, affine, affine, None, mean, variance, 1e-5, "gelu_tanh")
+    x, weight = random(2, 196, 320), torch.randn(320)
+    kind = torch.bfloat16
+    y, mean, rate = affine_layer_norm(x, weight, weight, 1e-5, kind)
+    add_layer_norm_backward(None, y, x, None, None, None, weight, mean, rate, kind, kind)
+    for gamma in (None, weight):
+        total, y, mean, rate = add_layer_norm(x, x, gamma, random(2), weight, weight, 1e-5, kind)
+        add_layer_norm_backward(total, y, total, x, gamma, random(2), weight, mean, rate, kind, kind)
     _, _, B, C = random(2, 196, 36).split([10, 10, 8, 8], dim=-1)
     scanned = u, u, torch.randn(160, 8), B, C, torch.randn(160), torch.randn(160)
     scan_backward(u, scan_for_training(*scanned)[1], *scanned)
@@ -100,19 +112,30 @@ def compiled(*networks):
 def test_the_kernels_of_the_networks_compile_for_a_gpu():
     found = compiled(("mamba_vision_T", 1, False), ("mamba_vision_T", 8, False), ("mamba_vision_T", 8, True))
     assert found == {
+        "add_layer_norm_backward_kernel",
+        "add_layer_norm_kernel",
+        "apply_kernel",
         "attend_backward_kernel",
         "attend_kernel",
         "backward_kernel",
         "conv3x3_kernel",
         "first_conv_kernel",
         "gelu_backward_kernel",
+        "gelu_kernel",
+        "gradient_kernel",
         "layer_norm_kernel",
+        "layer_norm_sums_kernel",
         "linear_kernel",
         "mean_kernel",
+        "merge_statistics_kernel",
+        "merge_sums_kernel",
+        "statistics_kernel",
         "stem_kernel",
         "stitch_kernel",
+        "sums_kernel",
         "to_float8_kernel",
         "token_conv_backward_kernel",
         "token_conv_kernel",
+        "token_conv_sums_kernel",
         "walk_kernel",
     }

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from op_checks import DEVICE, error, gradients
+
 pytest.importorskip("triton", "3.3")
 
 from mambavision.ops.selective_scan import kernels, triton_op  # noqa: E402  (Triton is not everywhere)
@@ -15,7 +17,6 @@ from mambavision.ops.selective_scan.chunked import selective_scan_chunked  # noq
 from mambavision.ops.selective_scan.reference import selective_scan_reference  # noqa: E402
 from mambavision.ops.selective_scan.triton_op import Cut, cut, selective_scan_triton  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias")
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,17 +34,6 @@ def inputs(batch, length, channels, state, dtype=torch.float32, strided=False):
     return [tensor.to(DEVICE) for tensor in (x, dt, A, B, C, torch.randn(channels), torch.randn(channels))]
 
 
-def gradients(scan, tensors, grad_y, dtype=None):
-    leaves = [None if t is None else t.detach().to(dtype or t.dtype).requires_grad_() for t in tensors]
-    y = scan(*leaves)
-    y.backward(grad_y.to(y.dtype))
-    return [y.detach()] + [None if leaf is None else leaf.grad for leaf in leaves]
-
-
-def error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
 def check(tensors, grad_y):
     """Values and gradients are at most twice as far from float64 as the reference's in the same type."""
     # Triton's interpreter cuts to bfloat16 where a GPU rounds, which errs twice as far, always to one side.
@@ -59,13 +49,6 @@ def check(tensors, grad_y):
             assert error(actual, expected) <= factor * error(usual, expected) + 1e-6, name
     with torch.no_grad():
         assert error(selective_scan_triton(*tensors), truth[0]) <= factor * error(plain[0], truth[0]) + 1e-6
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

@@ -9,6 +9,7 @@ from mambavision.ops.linear_gelu import BACKENDS as GELU_BACKENDS
 from mambavision.ops.linear_gelu import linear_gelu
 from mambavision.ops.token_conv import token_conv
 from mambavision.ops.window_attention import BACKENDS, window_attention
+from op_checks import DEVICE, HALVES, check, gradients, random
 
 pytest.importorskip("triton", "3.3")
 
@@ -16,47 +17,11 @@ from mambavision.ops.linear_gelu import triton_op as gelu_op  # noqa: E402  (Tri
 from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402
 from mambavision.ops.window_attention import triton_op as attention_op  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
-# Triton's interpreter cannot multiply matrices of bfloat16.
-HALVES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16,)
-
-
-def random(*shape, dtype=torch.float32, scale=1.0):
-    return (scale * torch.randn(*shape)).to(dtype).to(DEVICE)
-
-
-def gradients(function, tensors, grad_y, dtype=None):
-    """The result and the gradients of all tensors."""
-    leaves = [tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors]
-    y = function(*leaves)
-    return [y.detach(), *torch.autograd.grad(y, leaves, grad_y.to(y.dtype))]
-
-
-def error(actual, expected):
-    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-
-
-def check(kernel, plain, tensors, grad_y, slack=1e-6):
-    """Values and gradients are at most twice as far from float64 as PyTorch's in the same type, and of that type."""
-    found = gradients(kernel, tensors, grad_y)
-    usual = gradients(plain, tensors, grad_y)
-    truth = gradients(plain, tensors, grad_y, torch.float64)
-    for place, (actual, common, expected) in enumerate(zip(found, usual, truth, strict=True)):
-        assert actual.shape == common.shape
-        assert actual.dtype == common.dtype
-        assert error(actual, expected) <= 2 * error(common, expected) + slack, place
 
 
 def plain_conv(x, weight):
     return token_conv(x, weight, backend="reference")
-
-
-@pytest.fixture
-def poisoned(monkeypatch):
-    """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: empty(*args, **kwargs).fill_(float("nan")))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)

@@ -13,10 +13,14 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, ...)
+        factors = self.factors(x)
+        return x if factors is None else x * factors.view(-1, *([1] * (x.dim() - 1)))
+
+    def factors(self, x: Tensor) -> Tensor | None:
+        """What this step multiplies the samples of x with, (batch,) in its type, or None for nothing."""
         if self.rate == 0 or not self.training:
-            return x
-        keep = x.new_empty(x.shape[0], *([1] * (x.dim() - 1))).bernoulli_(1 - self.rate)
-        return x * keep.div_(1 - self.rate)
+            return None
+        return x.new_empty(x.shape[0]).bernoulli_(1 - self.rate).div_(1 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -70,18 +70,25 @@ class MambaVisionMixer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
         x, z = self.in_proj(x).chunk(2, dim=-1)  # (windows, length, half) each
         x, z = self.conv1d_x(x), self.conv1d_z(z)  # SiLU included
-        dt, B, C = self.x_proj(x).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
-        dt, dt_bias = self._steps(dt)
+        dt, dt_bias, B, C = self._parameters_of_the_scan(x)
         A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
         y = selective_scan(x, dt, A, B, C, self.D, dt_bias, backend=self.scan_backend)
         return self.out_proj(torch.cat([y, z], dim=-1))
 
-    def _steps(self, dt: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps of all channels, (windows, length, half), before the softplus, and the bias that is still to add.
+    def _parameters_of_the_scan(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Steps of all channels, (windows, length, half), before the softplus, the bias still to add, and B and C.
 
         The published network adds the step bias in the projection and once more in the scan; its weights need both.
         """
+        states = [self.d_state, self.d_state]
+        if x.is_cuda and torch.is_grad_enabled() and are_plain(self.x_proj, self.dt_proj):
+            # One product with the product of both weights: the narrow one between takes a GPU longer, twice backwards.
+            low, rest = self.x_proj.weight.split([self.dt_rank, 2 * self.d_state])
+            weight = torch.cat([self.dt_proj.weight @ low, rest.to(x.dtype)])
+            dt, B, C = F.linear(x, weight).split([x.shape[-1], *states], dim=-1)
+            return dt, 2 * self.dt_proj.bias, B, C
+        dt, B, C = self.x_proj(x).split([self.dt_rank, *states], dim=-1)
         if are_plain(self.dt_proj):
-            return F.linear(dt, self.dt_proj.weight), 2 * self.dt_proj.bias
+            return F.linear(dt, self.dt_proj.weight), 2 * self.dt_proj.bias, B, C
         # Only its own call may know the parameters, when they are offloaded or adapted: the bias is what it makes of 0.
-        return self.dt_proj(dt), self.dt_proj(dt.new_zeros(self.dt_rank))
+        return self.dt_proj(dt), self.dt_proj(dt.new_zeros(self.dt_rank)), B, C

@@ -5,17 +5,17 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as _hooks
 
-_KINDS = (nn.Linear, nn.GELU, nn.Conv2d, nn.BatchNorm2d)
+_KINDS = (nn.Linear, nn.GELU, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
 
 
 def are_plain(*modules: nn.Module) -> bool:
     """Whether calling the modules does no more than their arithmetic: no adapter, no wrapped forward, no hooks."""
+    return all(type(module) in _KINDS and not has_hooks(module) for module in modules)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody looks on when the module is called: hooks of its own or of all modules, or a wrapped forward."""
     anywhere = _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks
     anywhere = anywhere or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks
-    return not anywhere and all(
-        type(module) in _KINDS
-        and "forward" not in module.__dict__
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        for module in modules
-    )
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(anywhere or own or "forward" in module.__dict__)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mambavision.layers.normed_conv import normed_conv
+from mambavision.layers.plain import has_hooks
 
 CHANNEL_UNIT = 8
 
@@ -40,7 +43,10 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, in_chans, H, W) -> (batch, dim, H / strides, W / strides)
-        return self.conv_down(x)
+        if not self.training or has_hooks(self.conv_down):
+            return self.conv_down(x)
+        conv1, norm1, act1, conv2, norm2, act2 = cast("Any", self.conv_down)
+        return normed_conv(conv2, norm2, normed_conv(conv1, norm1, x, act=act1), act=act2)
 
 
 class Downsample(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.drop_path import DropPath
 from mambavision.layers.plain import are_plain
-from mambavision.ops import linear_gelu
+from mambavision.ops import add_layer_norm, linear_gelu
 
 
 class Mlp(nn.Module):
@@ -51,9 +52,39 @@ class TokenBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
-        x = x + self.drop_path(_scaled(self.mixer(self.norm1(x)), self.gamma_1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+        return run_blocks([self], x)
 
 
-def _scaled(x: Tensor, gamma: Tensor | None) -> Tensor:
-    return x if gamma is None else x * gamma
+def run_blocks(blocks: Iterable[TokenBlock], x: Tensor) -> Tensor:
+    """The blocks one after another, each branch's end in one op with the norm behind it, of the next block too.
+
+    Args:
+        blocks: of one width.
+        x: (windows, length, dim).
+
+    Returns:
+        (windows, length, dim).
+    """
+    branch = gamma = scale = None
+    for block in blocks:
+        x, y = _add_and_norm(x, branch, gamma, scale, block.norm1)
+        branch, gamma, scale = block.mixer(y), block.gamma_1, block.drop_path.factors(x)
+        x, y = _add_and_norm(x, branch, gamma, scale, block.norm2)
+        branch, gamma, scale = block.mlp(y), block.gamma_2, block.drop_path.factors(x)
+    return x if branch is None else _add(x, branch, gamma, scale)
+
+
+def _add_and_norm(
+    x: Tensor, branch: Tensor | None, gamma: Tensor | None, scale: Tensor | None, norm: nn.LayerNorm
+) -> tuple[Tensor, Tensor]:
+    """x + branch gamma scale, and its norm, in the type of the linear layer behind it, where autocast would widen it."""
+    if not (x.is_cuda and are_plain(norm)) or norm.weight is None or norm.bias is None:
+        x = x if branch is None else _add(x, branch, gamma, scale)
+        return x, norm(x)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return add_layer_norm(x, branch, norm.weight, norm.bias, gamma=gamma, scale=scale, eps=norm.eps, dtype=dtype)
+
+
+def _add(x: Tensor, branch: Tensor, gamma: Tensor | None, scale: Tensor | None) -> Tensor:
+    branch = branch if gamma is None else branch * gamma
+    return x + (branch if scale is None else branch * scale[:, None, None])

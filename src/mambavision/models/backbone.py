@@ -8,8 +8,8 @@ the state dict are those of the published weights.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from mambavision.config import NUM_LEVELS, MambaVisionConfig
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.mixer import MambaVisionMixer
+from mambavision.layers.plain import has_hooks
 from mambavision.layers.stem import Downsample, Stem
-from mambavision.layers.token_block import TokenBlock
+from mambavision.layers.token_block import TokenBlock, run_blocks
 from mambavision.layers.window import window_partition, window_reverse
 
 
@@ -41,11 +42,12 @@ class Level(nn.Module):
         height, width = x.shape[-2:]
         if self.window_size is not None:
             x = window_partition(x, self.window_size)  # (windows, length, channels)
-        for block in self.blocks:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
+        checkpointing = self.grad_checkpointing and torch.is_grad_enabled()
+        if not checkpointing and all(type(block) is TokenBlock and not has_hooks(block) for block in self.blocks):
+            x = run_blocks(cast("Iterable[TokenBlock]", self.blocks), x)
+        else:
+            for block in self.blocks:
+                x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
         if self.window_size is not None:
             x = window_reverse(x, self.window_size, height, width)
         return x

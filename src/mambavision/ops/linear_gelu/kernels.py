@@ -1,7 +1,22 @@
-"""The backward of a GELU with the sums that the bias before it needs, in Triton; `triton_op` launches it."""
+"""GELU, and its backward with the sums that the bias before it needs, in Triton; `triton_op` launches them."""
 
 import triton
 import triton.language as tl
+
+from mambavision.ops.activation_kernels import activated, normal_integral
+
+
+@triton.jit
+def gelu_kernel(
+    before,  # (count,), of 16 bits an element
+    y,  # the same
+    count,
+    BLOCK: tl.constexpr,
+):
+    """GELU of each. Grid: (blocks,)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(before + at, mask=at < count, other=0.0).to(tl.float32)
+    tl.store(y + at, activated(v, "gelu").to(y.dtype.element_ty), mask=at < count)
 
 
 @triton.jit
@@ -27,6 +42,10 @@ def gelu_backward_kernel(
     v = tl.load(before + at, mask=there, other=0.0).to(tl.float32)
     new = tl.load(grad_y + at, mask=there, other=0.0).to(tl.float32)
     # The normal distribution's integral and v times its density.
-    new *= 0.5 + 0.5 * tl.erf(0.7071067811865476 * v) + v * (0.3989422804014327 * tl.exp2(-0.7213475204444817 * v * v))
+    if before.dtype.element_ty == tl.float32:
+        integral = 0.5 + 0.5 * tl.erf(0.7071067811865476 * v)
+    else:  # to 16 bits it is the same, for half the instructions
+        integral = normal_integral(v)
+    new *= integral + v * (0.3989422804014327 * tl.exp2(-0.7213475204444817 * v * v))
     tl.store(grad_before + at, new.to(grad_before.dtype.element_ty), mask=there)
     tl.store(grad_bias + block * columns + column, tl.sum(new, 0), mask=column < columns)

@@ -12,11 +12,15 @@ from torch.library import triton_op
 
 from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import common_unit
-from mambavision.ops.token_conv.kernels import token_conv_backward_kernel, token_conv_kernel
+from mambavision.ops.token_conv.kernels import token_conv_backward_kernel, token_conv_kernel, token_conv_sums_kernel
 
 BLOCK_M, BLOCK_N = 32, 64
-BACKWARD_M, BACKWARD_N = 64, 32
-PROGRAMS = 1024  # of the backward: enough for a large GPU, and few sums of the weight's gradient
+# Of the backward: tokens that a thread walks along, which divide the networks' windows of 49 and 196, and how many
+# before their use they are loaded; runs and channels of a program, and its warps.
+RUN, AHEAD = 7, 7
+BACKWARD_M, BACKWARD_N, BACKWARD_WARPS = 8, 32, 2
+PROGRAMS = 1024  # enough for a large GPU, and few sums of the weight's gradient
+SUM_M, SUM_N = 128, 32
 
 
 @triton_op("mambavision::token_conv", mutates_args=())
@@ -43,18 +47,21 @@ def token_conv_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     rows = windows * length
     if rows == 0:
         return grad_x, torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
-    tiles = triton.cdiv(channels, BACKWARD_N)
-    steps = max(1, rows * tiles // (BACKWARD_M * PROGRAMS))
-    groups = triton.cdiv(rows, steps * BACKWARD_M)
-    grad_weight = torch.empty((groups, *weight.shape), dtype=torch.float32, device=x.device)
+    runs, tiles = windows * triton.cdiv(length, RUN), triton.cdiv(channels, BACKWARD_N)
+    steps = max(1, runs * tiles // (BACKWARD_M * PROGRAMS))
+    groups = triton.cdiv(runs, steps * BACKWARD_M)
+    parts = torch.empty((groups, *weight.shape), dtype=torch.float32, device=x.device)
+    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     x, grad_y = _rows(x), _rows(grad_y)
-    unit = common_unit(channels, x.stride(0), grad_y.stride(0))
     launcher(token_conv_backward_kernel)[(tiles * groups,)](
-        x, weight.contiguous(), grad_y, grad_x, grad_weight,
-        rows, length, channels, steps, x.stride(0) // unit, grad_y.stride(0) // unit, channels // unit,
-        UNIT=unit, KERNEL=weight.shape[1], BLOCK_M=BACKWARD_M, BLOCK_N=BACKWARD_N, num_warps=4,
+        x, weight.contiguous(), grad_y, grad_x, parts, runs, length, steps,
+        CHANNELS=channels, X_ROW=x.stride(0), GRAD_Y_ROW=grad_y.stride(0), KERNEL=weight.shape[1],
+        RUN=RUN, AHEAD=AHEAD, BLOCK_M=BACKWARD_M, BLOCK_N=BACKWARD_N, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
-    return grad_x, grad_weight.sum(0)
+    launcher(token_conv_sums_kernel)[(triton.cdiv(weight.numel(), SUM_N),)](
+        parts, grad_weight, groups, weight.numel(), BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
+    )  # fmt: skip
+    return grad_x, grad_weight
 
 
 def _rows(tensor: Tensor) -> Tensor:

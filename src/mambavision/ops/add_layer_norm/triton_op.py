@@ -1,0 +1,182 @@
+"""The residual sum with its layer norm, and the norm alone, as operators that PyTorch knows, with their gradients.
+
+A compiler makes three kernels of the norm's backward, clears memory for two of them, and adds the gradients of the
+stream anew for each branch; here one kernel passes over the maps, and a small one sums what its programs add to the
+gradients of the parameters. Imported only where it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op
+
+from mambavision.ops.add_layer_norm.kernels import (
+    add_layer_norm_backward_kernel,
+    add_layer_norm_kernel,
+    layer_norm_sums_kernel,
+)
+from mambavision.ops.launch import launcher
+from mambavision.ops.tiles import common_unit
+
+BLOCK = 2048  # elements that a program has at once, 16 a thread: the backward has room for its sums beside them
+PROGRAMS = 528  # of the backward: four for each multiprocessor of a large GPU, and few sums
+STAGES = 3  # steps of the backward whose loads are under way at once
+SUM_M, SUM_N = 256, 16
+
+
+@triton_op("mambavision::affine_layer_norm", mutates_args=())
+def affine_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm, contiguous, and what the backward needs of the rows: mean and 1 / deviation, float32 (rows,)."""
+    return _forward(x, None, None, None, weight, bias, None, eps, dtype)
+
+
+@triton_op("mambavision::add_layer_norm", mutates_args=())
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor,
+    gamma: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The sum, its norm, both contiguous, and what the backward needs of the rows."""
+    kind = torch.promote_types(x.dtype, branch.dtype)
+    kind = kind if gamma is None else torch.promote_types(kind, gamma.dtype)
+    total = torch.empty(x.shape, dtype=kind, device=x.device)
+    return total, *_forward(x, branch, gamma, scale, weight, bias, total, eps, dtype)
+
+
+@triton_op("mambavision::add_layer_norm_backward", mutates_args=())
+def add_layer_norm_backward(
+    grad_total: Tensor | None,
+    grad_y: Tensor,
+    total: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    mean: Tensor,
+    rate: Tensor,
+    x_type: torch.dtype,
+    branch_type: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and of the branch, in these types, and of weight, bias and gamma, float32 (2 or 3, channels).
+
+    The branch's is empty where it is that of x. Without `grad_total` there was no branch.
+    """
+    channels, rows = total.shape[-1], mean.shape[0]
+    device, kinds = total.device, 2 if gamma is None else 3
+    grad_x = torch.empty(total.shape, dtype=x_type, device=device)
+    apart = gamma is not None or scale is not None
+    grad_branch = torch.empty(total.shape if apart else (0,), dtype=branch_type, device=device)
+    if rows == 0:
+        return grad_x, grad_branch, torch.zeros((kinds, channels), dtype=torch.float32, device=device)
+    block, settings = _settings(channels, grad_total, gamma, scale)
+    steps = triton.cdiv(rows, block * PROGRAMS)
+    programs = triton.cdiv(rows, block * steps)
+    parts = torch.empty((programs, kinds * channels), dtype=torch.float32, device=device)
+    sums = torch.empty((kinds, channels), dtype=torch.float32, device=device)
+    launcher(add_layer_norm_backward_kernel)[(programs,)](
+        _dense(grad_total), grad_y.contiguous(), total, _dense(branch), _dense(gamma), scale, weight.contiguous(),
+        mean, rate, grad_x, grad_branch, parts,
+        rows, rows // total.shape[0], channels // settings["UNIT"], steps, STAGES=STAGES, **settings,
+    )  # fmt: skip
+    unit = common_unit(kinds * channels)
+    launcher(layer_norm_sums_kernel)[(triton.cdiv(kinds * channels, SUM_N),)](
+        parts, sums, programs, kinds * channels // unit, UNIT=unit, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=8
+    )
+    return grad_x, grad_branch, sums
+
+
+def _forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gamma: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    total: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fill `total`; the norm and the rows' numbers."""
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
+    mean, rate = (torch.empty((rows,), dtype=torch.float32, device=x.device) for _ in range(2))
+    if rows:
+        block, settings = _settings(channels, branch, gamma, scale)
+        launcher(add_layer_norm_kernel)[(triton.cdiv(rows, block),)](
+            x.contiguous(), _dense(branch), _dense(gamma), scale, weight.contiguous(), bias.contiguous(),
+            total, out, mean, rate, rows, rows // x.shape[0], channels // settings["UNIT"], eps, **settings,
+        )  # fmt: skip
+    return out, mean, rate
+
+
+def _settings(
+    channels: int, branch: Tensor | None, gamma: Tensor | None, scale: Tensor | None
+) -> tuple[int, dict[str, Any]]:
+    """The rows of a block, and what both passes over the maps are compiled for."""
+    columns = triton.next_power_of_2(channels)
+    block = max(1, BLOCK // columns)
+    return block, {
+        "UNIT": common_unit(channels),
+        "BLOCK_M": block,
+        "BLOCK_N": columns,
+        "HAS_BRANCH": branch is not None,
+        "HAS_GAMMA": gamma is not None,
+        "HAS_SCALE": scale is not None,
+        "num_warps": max(4, columns // 512),
+    }
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _setup_norm(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, weight, bias, *_ = inputs
+    _, mean, rate = output
+    ctx.save_for_backward(x, weight, mean, rate)
+    ctx.bias_type = bias.dtype
+    ctx.mark_non_differentiable(mean, rate)
+
+
+def _differentiate_norm(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rate = ctx.saved_tensors
+    grad_x, _, sums = add_layer_norm_backward(
+        None, grad_y, x.contiguous(), None, None, None, weight, mean, rate, x.dtype, x.dtype
+    )
+    return grad_x, sums[0].to(weight.dtype), sums[1].to(ctx.bias_type), None, None
+
+
+def _setup_sum(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    x, branch, gamma, scale, weight, bias, *_ = inputs
+    total, _, mean, rate = output
+    ctx.save_for_backward(None if gamma is None else branch, gamma, scale, weight, total, mean, rate)
+    ctx.types, ctx.bias_type = (x.dtype, branch.dtype), bias.dtype
+    ctx.mark_non_differentiable(mean, rate)
+
+
+def _differentiate_sum(ctx: Any, grad_total: Tensor, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    branch, gamma, scale, weight, total, mean, rate = ctx.saved_tensors
+    grad_x, grad_branch, sums = add_layer_norm_backward(
+        grad_total, grad_y, total, branch, gamma, scale, weight, mean, rate, *ctx.types
+    )
+    if gamma is None and scale is None:
+        grad_branch = grad_x.to(ctx.types[1])
+    grad_gamma = None if gamma is None else sums[2].to(gamma.dtype)
+    return grad_x, grad_branch, grad_gamma, None, sums[0].to(weight.dtype), sums[1].to(ctx.bias_type), None, None
+
+
+affine_layer_norm.register_autograd(_differentiate_norm, setup_context=_setup_norm)
+add_layer_norm.register_autograd(_differentiate_sum, setup_context=_setup_sum)

@@ -1,0 +1,36 @@
+"""How kernels with gradients are held to float64."""
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter cannot multiply matrices of bfloat16.
+HALVES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16,)
+
+
+def random(*shape, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(*shape)).to(dtype).to(DEVICE)
+
+
+def gradients(function, tensors, grad_y, dtype=None):
+    """The result and the gradients of all tensors, None for those that are None."""
+    leaves = [
+        None if tensor is None else tensor.detach().to(dtype or tensor.dtype).requires_grad_() for tensor in tensors
+    ]
+    y = function(*leaves)
+    y.backward(grad_y.to(y.dtype))
+    return [y.detach(), *(None if leaf is None else leaf.grad for leaf in leaves)]
+
+
+def error(actual, expected):
+    return ((actual.double() - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def check(kernel, plain, tensors, grad_y, slack=1e-6):
+    """Values and gradients are at most twice as far from float64 as PyTorch's in the same type, and of that type."""
+    found = gradients(kernel, tensors, grad_y)
+    usual = gradients(plain, tensors, grad_y)
+    truth = gradients(plain, tensors, grad_y, torch.float64)
+    for place, (actual, common, expected) in enumerate(zip(found, usual, truth, strict=True)):
+        assert actual.shape == common.shape
+        assert actual.dtype == common.dtype
+        assert error(actual, expected) <= 2 * error(common, expected) + slack, place
