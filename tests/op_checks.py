@@ -31,6 +31,9 @@ def check(kernel, plain, tensors, grad_y, slack=1e-6):
     usual = gradients(plain, tensors, grad_y)
     truth = gradients(plain, tensors, grad_y, torch.float64)
     for place, (actual, common, expected) in enumerate(zip(found, usual, truth, strict=True)):
+        if common is None:
+            assert actual is None
+            continue
         assert actual.shape == common.shape
         assert actual.dtype == common.dtype
         assert error(actual, expected) <= 2 * error(common, expected) + slack, place

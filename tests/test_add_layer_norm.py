@@ -59,7 +59,7 @@ def test_a_program_walks_over_many_rows(rows, channels, poisoned, monkeypatch):
 
 def test_the_parts_of_many_programs_are_summed(poisoned, monkeypatch):
     monkeypatch.setattr(triton_op, "SUM_M", 4)
-    monkeypatch.setattr(triton_op, "BLOCK", 64)
+    monkeypatch.setattr(triton_op, "BLOCK_BYTES", 256)
     check(own, plain, inputs((19, 40), torch.float32), random(19, 40))
 
 
@@ -116,7 +116,8 @@ def test_a_request_that_cannot_be_met_gives_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("name", "shape"), [("weight", 3), ("bias", (1, 4)), ("gamma", 5), ("scale", 3), ("branch", (2, 1, 4))]
+    ("name", "shape"),
+    [("weight", 3), ("bias", (1, 4)), ("shift", 1), ("gamma", 5), ("scale", 3), ("branch", (2, 1, 4))],
 )
 def test_shapes_that_do_not_fit_are_named(name, shape):
     x = torch.ones(2, 3, 4)
@@ -131,46 +132,50 @@ def test_shapes_that_do_not_fit_are_named(name, shape):
 def both(function, scale):
     """Of the sum and the norm, as one tensor."""
 
-    def of(x, branch, weight, bias, gamma=None):
+    def of(x, branch, weight, bias, shift=None, gamma=None):
         factor = None if scale is None else scale.to(branch.dtype)
-        total, y = function(x, branch, gamma, factor, weight, bias)
+        total, y = function(x, branch, shift, gamma, factor, weight, bias)
         return torch.stack([total, y.to(total.dtype)])
 
     return of
 
 
-def summed(x, branch, gamma, scale, weight, bias):
-    return triton_op.add_layer_norm(x, branch, gamma, scale, weight, bias, EPS, x.dtype)[:2]
+def summed(x, branch, shift, gamma, scale, weight, bias):
+    return triton_op.add_layer_norm(x, branch, shift, gamma, scale, weight, bias, EPS, x.dtype)[:2]
 
 
-def summed_plainly(x, branch, gamma, scale, weight, bias):
-    return add_layer_norm(x, branch, weight, bias, gamma=gamma, scale=scale, eps=EPS, backend="reference")
+def summed_plainly(x, branch, shift, gamma, scale, weight, bias):
+    ends = {"shift": shift, "gamma": gamma, "scale": scale}
+    return add_layer_norm(x, branch, weight, bias, **ends, eps=EPS, backend="reference")
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("with_scale", [False, True])
+@pytest.mark.parametrize("with_shift", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1, 8), (3, 10, 40), (5, 26, 33)], ids=str)
-def test_sums(dtype, with_scale, shape, poisoned):
+def test_sums(dtype, with_scale, with_shift, shape, poisoned):
     x, weight, bias = inputs(shape, dtype)
     scale = torch.arange(shape[0], device=DEVICE).remainder(3) / 2 if with_scale else None  # with zeros
-    tensors = [x, random(*shape, dtype=dtype), weight, bias]
+    tensors = [x, random(*shape, dtype=dtype), weight, bias, random(shape[-1]) if with_shift else None]
     check(both(summed, scale), both(summed_plainly, scale), tensors, random(2, *shape, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
 @pytest.mark.parametrize("with_scale", [False, True])
-def test_sums_with_layer_scale_are_as_wide_as_it(dtype, with_scale, poisoned, monkeypatch):
+@pytest.mark.parametrize("with_shift", [False, True])
+def test_sums_with_layer_scale_are_as_wide_as_it(dtype, with_scale, with_shift, poisoned, monkeypatch):
     monkeypatch.setattr(triton_op, "PROGRAMS", 2)
     shape = (4, 50, 40)
     x, weight, bias = inputs(shape, torch.float32)
     scale = torch.tensor([0.0, 1.25, 1.25, 0.0], device=DEVICE) if with_scale else None
-    tensors = [x, random(*shape, dtype=dtype), weight, bias, random(40)]
+    shift = random(40) if with_shift else None
+    tensors = [x, random(*shape, dtype=dtype), weight, bias, shift, random(40)]
     check(both(summed, scale), both(summed_plainly, scale), tensors, random(2, *shape))
 
 
 def test_the_first_sum_with_layer_scale_widens_the_stream():
     x, weight, bias = inputs((2, 5, 8), torch.float16)
-    tensors = [x, random(2, 5, 8, dtype=torch.float16), weight, bias, random(8)]
+    tensors = [x, random(2, 5, 8, dtype=torch.float16), weight, bias, None, random(8)]
     check(both(summed, None), both(summed_plainly, None), tensors, random(2, 2, 5, 8))
 
 
@@ -197,9 +202,9 @@ def calls(monkeypatch):
     """What the op gets, which runs by its kernels; and every tensor takes itself for a GPU's."""
     seen = []
 
-    def op(x, branch, weight, bias, *, gamma, scale, eps, dtype):
-        seen.append((branch is not None, weight, eps, dtype))
-        return BACKENDS[0].function(x, branch, gamma, scale, weight, bias, eps, dtype or x.dtype)
+    def op(x, branch, weight, bias, *, shift=None, gamma=None, scale=None, eps, dtype):
+        seen.append((branch is not None, shift is not None, weight, eps, dtype))
+        return BACKENDS[0].function(x, branch, shift, gamma, scale, weight, bias, eps, dtype or x.dtype)
 
     monkeypatch.setattr(token_block, "add_layer_norm", op)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -222,7 +227,10 @@ def test_blocks_train_as_their_modules_do(settings, calls):
     found = gradients(seeded(lambda x: token_block.run_blocks(blocks, x)), [x], grad_y)
     expected = gradients(seeded(lambda x: others[1](others[0](x))), [x], grad_y)
     norms = [norm for block in blocks for norm in (block.norm1, block.norm2)]
-    assert [call[:3] for call in calls] == [(place > 0, norm.weight, norm.eps) for place, norm in enumerate(norms)]
+    shifts = [False, False, True, False]  # the MLP's last bias is left to the op, and what mixes here is no attention
+    assert [call[:4] for call in calls] == [
+        (place > 0, shifts[place], norm.weight, norm.eps) for place, norm in enumerate(norms)
+    ]
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     for block, other in zip(blocks, others, strict=True):
         for (name, parameter), its in zip(block.named_parameters(), other.parameters(), strict=True):
@@ -232,7 +240,7 @@ def test_blocks_train_as_their_modules_do(settings, calls):
 @pytest.mark.parametrize("settings", [{"elementwise_affine": False}, {"bias": False}], ids=str)
 def test_a_norm_without_scale_or_shift_is_called(settings, calls):
     norm, x = nn.LayerNorm(24, **settings).to(DEVICE), random(5, 24)
-    torch.testing.assert_close(token_block._add_and_norm(x, None, None, None, norm), (x, norm(x)))
+    torch.testing.assert_close(token_block._add_and_norm(x, None, norm), (x, norm(x)))
     assert not calls
 
 
@@ -242,7 +250,7 @@ def test_under_autocast_the_result_has_its_type(dtype, calls, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
     monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": torch.float16}.get)
     x = random(5, 24, dtype=dtype)
-    assert token_block._add_and_norm(x, None, None, None, norm)[1].dtype == calls[0][-1] == torch.float16
+    assert token_block._add_and_norm(x, None, norm)[1].dtype == calls[0][-1] == torch.float16
 
 
 def test_on_a_cpu_a_block_calls_its_modules(monkeypatch):
@@ -267,7 +275,14 @@ def test_sizes_of_the_networks(dtype, rows, channels, poisoned):
 def test_sums_of_the_sizes_of_the_networks(dtype, layer_scale, shape, poisoned):
     x, weight, bias = inputs(shape, torch.float32 if layer_scale else dtype)
     scale = torch.rand(shape[0], device=DEVICE)
-    tensors = [x, random(*shape, dtype=dtype), weight, bias, *([random(shape[-1])] if layer_scale else [])]
+    tensors = [
+        x,
+        random(*shape, dtype=dtype),
+        weight,
+        bias,
+        random(shape[-1]),
+        random(shape[-1]) if layer_scale else None,
+    ]
     check(both(summed, scale), both(summed_plainly, scale), tensors, random(2, *shape, dtype=x.dtype))
 
 
@@ -276,8 +291,8 @@ def test_the_operator_is_registered_as_torch_asks():
     tensors = [tensor.requires_grad_() for tensor in inputs((2, 49, 40), torch.bfloat16)]
     torch.library.opcheck(triton_op.affine_layer_norm, (*tensors, EPS, torch.bfloat16))
     x, weight, bias = tensors
-    branch, gamma, scale = random(2, 49, 40, dtype=torch.bfloat16), random(40), random(2)
-    some = (x, branch.requires_grad_(), gamma.requires_grad_(), scale, weight, bias)
+    branch, shift, gamma, scale = random(2, 49, 40, dtype=torch.bfloat16), random(40), random(40), random(2)
+    some = (x, branch.requires_grad_(), shift.requires_grad_(), gamma.requires_grad_(), scale, weight, bias)
     torch.library.opcheck(triton_op.add_layer_norm, (*some, EPS, torch.bfloat16))
 
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from op_checks import DEVICE, HALVES, check, error, random
 from torch import nn
 
 from mambavision.layers import normed_conv as layer
@@ -12,6 +11,7 @@ from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.stem import Stem
 from mambavision.ops.backend import Backend
 from mambavision.ops.batch_norm import BACKENDS, batch_norm, refuse_batch_norm_kernels
+from op_checks import DEVICE, HALVES, check, error, random
 
 pytest.importorskip("triton", "3.3")
 
@@ -131,7 +131,7 @@ def kernels_taken(monkeypatch):
 
     accepting = (Backend("triton", counted, "", lambda _: None),)
     monkeypatch.setattr("mambavision.ops.batch_norm.BACKENDS", accepting)
-    monkeypatch.setattr(layer, "refuse_batch_norm_kernels", lambda y: None)
+    monkeypatch.setattr(layer, "refuse_batch_norm_kernels", lambda _: None)
     return taken
 
 

@@ -87,10 +87,10 @@ with torch.inference_mode(), launch.precompiling():
     x, weight = random(2, 196, 320), torch.randn(320)
     kind = torch.bfloat16
     y, mean, rate = affine_layer_norm(x, weight, weight, 1e-5, kind)
-    add_layer_norm_backward(None, y, x, None, None, None, weight, mean, rate, kind, kind)
+    add_layer_norm_backward(None, y, x, None, None, None, weight, mean, rate, False, kind, kind)
     for gamma in (None, weight):
-        total, y, mean, rate = add_layer_norm(x, x, gamma, random(2), weight, weight, 1e-5, kind)
-        add_layer_norm_backward(total, y, total, x, gamma, random(2), weight, mean, rate, kind, kind)
+        total, y, mean, rate = add_layer_norm(x, x, weight, gamma, random(2), weight, weight, 1e-5, kind)
+        add_layer_norm_backward(total, y, total, x, gamma, random(2), weight, mean, rate, True, kind, kind)
     _, _, B, C = random(2, 196, 36).split([10, 10, 8, 8], dim=-1)
     scanned = u, u, torch.randn(160, 8), B, C, torch.randn(160), torch.randn(160)
     scan_backward(u, scan_for_training(*scanned)[1], *scanned)

@@ -26,13 +26,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
+        return self.proj(self.inner(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last layer, `proj`, takes: the heads' values side by side, (windows, length, dim)."""
         windows, length, dim = x.shape
         qkv = self.qkv(x)
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
-            return self.proj(window_attention(qkv, num_heads=self.num_heads, dropout=dropout))
+            return window_attention(qkv, num_heads=self.num_heads, dropout=dropout)
         qkv = qkv.reshape(windows, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, length, head_dim) each
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (windows, heads, length, length)
         x = self.attn_drop(scores.softmax(-1)) @ v
-        return self.proj(x.transpose(1, 2).reshape(windows, length, dim))
+        return x.transpose(1, 2).reshape(windows, length, dim)

@@ -43,10 +43,7 @@ def normed_conv(
         return _followed(norm(conv(x)), act, gamma, scale, residual)
     # The norm takes off what is constant, so the bias is spared two passes over the map.
     spared = are_plain(conv) and conv.bias is not None and conv.padding_mode == "zeros"
-    if spared:
-        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
-    else:
-        y = conv(x)
+    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups) if spared else conv(x)
     bias = cast("Tensor", conv.bias) if spared else None
     activation = None if act is None else _named(act)
     if (act is None or activation) and y.numel() > y.shape[1] and refuse_batch_norm_kernels(y) is None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambavision.layers.attention import Attention
 from mambavision.layers.drop_path import DropPath
-from mambavision.layers.plain import are_plain
+from mambavision.layers.plain import are_plain, has_hooks
 from mambavision.ops import add_layer_norm, linear_gelu
+from mambavision.ops.add_layer_norm import scaled_branch
 
 
 class Mlp(nn.Module):
@@ -23,10 +26,14 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **factory)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., dim), the same out
+        return self.fc2(self.inner(x))
+
+    def inner(self, x: Tensor) -> Tensor:
+        """What the last layer, `fc2`, takes, (..., hidden)."""
         exact = are_plain(self.fc1, self.act) and self.act.approximate == "none"
         if x.is_cuda and exact and self.fc1.bias is not None:
-            return self.fc2(linear_gelu(x, self.fc1.weight, self.fc1.bias))
-        return self.fc2(self.act(self.fc1(x)))
+            return linear_gelu(x, self.fc1.weight, self.fc1.bias)
+        return self.act(self.fc1(x))
 
 
 class TokenBlock(nn.Module):
@@ -55,6 +62,15 @@ class TokenBlock(nn.Module):
         return run_blocks([self], x)
 
 
+class Branch(NamedTuple):
+    """A residual branch whose end is still to be added: (values + shift) gamma scale."""
+
+    values: Tensor  # (windows, length, dim)
+    shift: Tensor | None  # (dim,)
+    gamma: Tensor | None  # (dim,)
+    scale: Tensor | None  # (windows,)
+
+
 def run_blocks(blocks: Iterable[TokenBlock], x: Tensor) -> Tensor:
     """The blocks one after another, each branch's end in one op with the norm behind it, of the next block too.
 
@@ -65,26 +81,32 @@ def run_blocks(blocks: Iterable[TokenBlock], x: Tensor) -> Tensor:
     Returns:
         (windows, length, dim).
     """
-    branch = gamma = scale = None
+    branch = None
     for block in blocks:
-        x, y = _add_and_norm(x, branch, gamma, scale, block.norm1)
-        branch, gamma, scale = block.mixer(y), block.gamma_1, block.drop_path.factors(x)
-        x, y = _add_and_norm(x, branch, gamma, scale, block.norm2)
-        branch, gamma, scale = block.mlp(y), block.gamma_2, block.drop_path.factors(x)
-    return x if branch is None else _add(x, branch, gamma, scale)
+        x, y = _add_and_norm(x, branch, block.norm1)
+        branch = Branch(*_without_bias(block.mixer, y), block.gamma_1, block.drop_path.factors(x))
+        x, y = _add_and_norm(x, branch, block.norm2)
+        branch = Branch(*_without_bias(block.mlp, y), block.gamma_2, block.drop_path.factors(x))
+    return x if branch is None else x + scaled_branch(*branch)
 
 
-def _add_and_norm(
-    x: Tensor, branch: Tensor | None, gamma: Tensor | None, scale: Tensor | None, norm: nn.LayerNorm
-) -> tuple[Tensor, Tensor]:
-    """x + branch gamma scale, and its norm, in the type of the linear layer behind it, where autocast would widen it."""
+def _without_bias(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The layer's result but for its last bias, and that, where the op behind can add it and sum its gradient."""
+    last = layer.proj if type(layer) is Attention else layer.fc2 if type(layer) is Mlp else None
+    if not (isinstance(last, nn.Linear) and y.is_cuda and torch.is_grad_enabled()):
+        return layer(y), None
+    if last.bias is None or has_hooks(layer) or not are_plain(last):
+        return layer(y), None
+    return F.linear(cast("Attention | Mlp", layer).inner(y), last.weight), last.bias
+
+
+def _add_and_norm(x: Tensor, branch: Branch | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """X + branch, and its norm, in the type of the linear layer behind it, where autocast would widen it."""
     if not (x.is_cuda and are_plain(norm)) or norm.weight is None or norm.bias is None:
-        x = x if branch is None else _add(x, branch, gamma, scale)
+        x = x if branch is None else x + scaled_branch(*branch)
         return x, norm(x)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return add_layer_norm(x, branch, norm.weight, norm.bias, gamma=gamma, scale=scale, eps=norm.eps, dtype=dtype)
-
-
-def _add(x: Tensor, branch: Tensor, gamma: Tensor | None, scale: Tensor | None) -> Tensor:
-    branch = branch if gamma is None else branch * gamma
-    return x + (branch if scale is None else branch * scale[:, None, None])
+    values, shift, gamma, scale = (None, None, None, None) if branch is None else branch
+    return add_layer_norm(
+        x, values, norm.weight, norm.bias, shift=shift, gamma=gamma, scale=scale, eps=norm.eps, dtype=dtype
+    )

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
+
+Result = TypeVar("Result")  # of an op
 
 
 class Situation(NamedTuple):
@@ -26,7 +28,7 @@ class Situation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Backend:
+class Backend(Generic[Result]):
     """One implementation of an op.
 
     Attributes:
@@ -38,16 +40,17 @@ class Backend:
     """
 
     name: str
-    function: Callable[..., torch.Tensor]
+    function: Callable[..., Result]
     strength: str
     refusal: Callable[[Situation], str | None]
     automatic: bool = True
 
 
-class Choice(NamedTuple):
+@dataclass(frozen=True)
+class Choice(Generic[Result]):
     """The backend that runs and the reason in one phrase."""
 
-    backend: Backend
+    backend: Backend[Result]
     reason: str
 
 
@@ -96,7 +99,9 @@ def check_shapes(**expected: tuple[torch.Tensor | None, tuple[int, ...]]) -> Non
             raise ValueError(f"{name} must be {shape} to fit the others, got {tuple(tensor.shape)}.")
 
 
-def select(op: str, backends: Sequence[Backend], situation: Situation, requested: str = "auto") -> Choice:
+def select(
+    op: str, backends: Sequence[Backend[Result]], situation: Situation, requested: str = "auto"
+) -> Choice[Result]:
     """Choose the backend of `op` for a situation.
 
     Args:

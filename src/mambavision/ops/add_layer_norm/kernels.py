@@ -8,7 +8,8 @@ import triton.language as tl
 def add_layer_norm_kernel(
     x,  # (rows, channels)
     branch,  # (rows, channels)
-    gamma,  # (channels,)
+    shift,  # (channels,), as the next
+    gamma,
     scale,  # (samples,)
     weight,  # (channels,)
     bias,  # (channels,)
@@ -24,6 +25,7 @@ def add_layer_norm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_SCALE: tl.constexpr,
 ):
@@ -37,6 +39,8 @@ def add_layer_norm_kernel(
     v = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
     if HAS_BRANCH:
         more = tl.load(branch + at, mask=there, other=0.0).to(tl.float32)
+        if HAS_SHIFT:
+            more += tl.load(shift + column, mask=real, other=0.0).to(tl.float32)[None, :]
         if HAS_GAMMA:
             more *= tl.load(gamma + column, mask=real, other=0.0).to(tl.float32)[None, :]
         if HAS_SCALE:
@@ -67,7 +71,8 @@ def add_layer_norm_backward_kernel(
     rate,  # (rows,)
     grad_x,  # (rows, channels)
     grad_branch,  # (rows, channels)
-    parts,  # (programs, 3 with gamma and else 2, channels): added to the gradients of weight, bias, gamma; float32
+    parts,  # (programs, PARTS, channels): added to the gradients of weight and bias and, where there is one, of gamma
+    # but for the shift, and of a shift before gamma; float32
     rows,
     sample_rows,
     channels,  # in units of UNIT elements, so that the compiler knows what divides it
@@ -76,6 +81,7 @@ def add_layer_norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     HAS_BRANCH: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     HAS_GAMMA: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -92,6 +98,7 @@ def add_layer_norm_backward_kernel(
     by_weight = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     by_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     by_gamma = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    by_shift = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
         row = (tl.program_id(0) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         there = (row < rows)[:, None] & real[None, :]
@@ -110,17 +117,21 @@ def add_layer_norm_backward_kernel(
         tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=there)
         if HAS_SCALE:
             grad *= tl.load(scale + row // sample_rows, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+        if HAS_SHIFT:
+            by_shift += grad
         if HAS_GAMMA:
             by_gamma += grad * tl.load(branch + at, mask=there, other=0.0).to(tl.float32)
             grad *= layer_scale
         if HAS_GAMMA or HAS_SCALE:
             tl.store(grad_branch + at, grad.to(grad_branch.dtype.element_ty), mask=there)
-    PARTS: tl.constexpr = 3 if HAS_GAMMA else 2
+    PARTS: tl.constexpr = 2 + HAS_GAMMA + HAS_SHIFT
     at = parts + tl.program_id(0) * (PARTS * channels) + column
     tl.store(at, tl.sum(by_weight, 0), mask=real)
     tl.store(at + channels, tl.sum(by_bias, 0), mask=real)
     if HAS_GAMMA:
         tl.store(at + 2 * channels, tl.sum(by_gamma, 0), mask=real)
+    if HAS_SHIFT:
+        tl.store(at + (2 + HAS_GAMMA) * channels, tl.sum(by_shift, 0), mask=real)
 
 
 @triton.jit

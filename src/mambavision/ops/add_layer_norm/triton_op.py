@@ -23,9 +23,9 @@ from mambavision.ops.add_layer_norm.kernels import (
 from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import common_unit
 
-BLOCK = 2048  # elements that a program has at once, 16 a thread: the backward has room for its sums beside them
+BLOCK_BYTES = 4096  # of the stream that a program has at once: the backward has room for its sums beside them
 PROGRAMS = 528  # of the backward: four for each multiprocessor of a large GPU, and few sums
-STAGES = 3  # steps of the backward whose loads are under way at once
+STAGES = {2: 3, 4: 4}  # by the bytes of the stream's elements: steps of the backward whose loads are under way at once
 SUM_M, SUM_N = 256, 16
 
 
@@ -34,13 +34,14 @@ def affine_layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The norm, contiguous, and what the backward needs of the rows: mean and 1 / deviation, float32 (rows,)."""
-    return _forward(x, None, None, None, weight, bias, None, eps, dtype)
+    return _forward(x, None, None, None, None, weight, bias, None, eps, dtype)
 
 
 @triton_op("mambavision::add_layer_norm", mutates_args=())
 def add_layer_norm(
     x: Tensor,
     branch: Tensor,
+    shift: Tensor | None,
     gamma: Tensor | None,
     scale: Tensor | None,
     weight: Tensor,
@@ -52,7 +53,7 @@ def add_layer_norm(
     kind = torch.promote_types(x.dtype, branch.dtype)
     kind = kind if gamma is None else torch.promote_types(kind, gamma.dtype)
     total = torch.empty(x.shape, dtype=kind, device=x.device)
-    return total, *_forward(x, branch, gamma, scale, weight, bias, total, eps, dtype)
+    return total, *_forward(x, branch, shift, gamma, scale, weight, bias, total, eps, dtype)
 
 
 @triton_op("mambavision::add_layer_norm_backward", mutates_args=())
@@ -66,21 +67,23 @@ def add_layer_norm_backward(
     weight: Tensor,
     mean: Tensor,
     rate: Tensor,
+    has_shift: bool,
     x_type: torch.dtype,
     branch_type: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and of the branch, in these types, and of weight, bias and gamma, float32 (2 or 3, channels).
+    """Gradients of x and branch, in these types, and sums for those of the parameters, float32 (2 to 4, channels).
 
-    The branch's is empty where it is that of x. Without `grad_total` there was no branch.
+    The branch's is empty where it is that of x. The sums are the gradients of weight and bias, of gamma but for the
+    shift, and of the shift but for gamma, the latter where there is one. Without `grad_total` there was no branch.
     """
-    channels, rows = total.shape[-1], mean.shape[0]
-    device, kinds = total.device, 2 if gamma is None else 3
+    channels, rows, device = total.shape[-1], mean.shape[0], total.device
+    kinds = 2 + (gamma is not None) + has_shift
     grad_x = torch.empty(total.shape, dtype=x_type, device=device)
     apart = gamma is not None or scale is not None
     grad_branch = torch.empty(total.shape if apart else (0,), dtype=branch_type, device=device)
     if rows == 0:
         return grad_x, grad_branch, torch.zeros((kinds, channels), dtype=torch.float32, device=device)
-    block, settings = _settings(channels, grad_total, gamma, scale)
+    block, settings = _settings(total, grad_total is not None, has_shift, gamma, scale)
     steps = triton.cdiv(rows, block * PROGRAMS)
     programs = triton.cdiv(rows, block * steps)
     parts = torch.empty((programs, kinds * channels), dtype=torch.float32, device=device)
@@ -88,7 +91,7 @@ def add_layer_norm_backward(
     launcher(add_layer_norm_backward_kernel)[(programs,)](
         _dense(grad_total), grad_y.contiguous(), total, _dense(branch), _dense(gamma), scale, weight.contiguous(),
         mean, rate, grad_x, grad_branch, parts,
-        rows, rows // total.shape[0], channels // settings["UNIT"], steps, STAGES=STAGES, **settings,
+        rows, rows // total.shape[0], channels // settings["UNIT"], steps, STAGES=STAGES[total.element_size()], **settings,
     )  # fmt: skip
     unit = common_unit(kinds * channels)
     launcher(layer_norm_sums_kernel)[(triton.cdiv(kinds * channels, SUM_N),)](
@@ -100,6 +103,7 @@ def add_layer_norm_backward(
 def _forward(
     x: Tensor,
     branch: Tensor | None,
+    shift: Tensor | None,
     gamma: Tensor | None,
     scale: Tensor | None,
     weight: Tensor,
@@ -114,25 +118,27 @@ def _forward(
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rate = (torch.empty((rows,), dtype=torch.float32, device=x.device) for _ in range(2))
     if rows:
-        block, settings = _settings(channels, branch, gamma, scale)
+        block, settings = _settings(x, branch is not None, shift is not None, gamma, scale)
         launcher(add_layer_norm_kernel)[(triton.cdiv(rows, block),)](
-            x.contiguous(), _dense(branch), _dense(gamma), scale, weight.contiguous(), bias.contiguous(),
+            x.contiguous(), _dense(branch), _dense(shift), _dense(gamma), scale, weight.contiguous(), bias.contiguous(),
             total, out, mean, rate, rows, rows // x.shape[0], channels // settings["UNIT"], eps, **settings,
         )  # fmt: skip
     return out, mean, rate
 
 
 def _settings(
-    channels: int, branch: Tensor | None, gamma: Tensor | None, scale: Tensor | None
+    stream: Tensor, has_branch: bool, has_shift: bool, gamma: Tensor | None, scale: Tensor | None
 ) -> tuple[int, dict[str, Any]]:
     """The rows of a block, and what both passes over the maps are compiled for."""
+    channels = stream.shape[-1]
     columns = triton.next_power_of_2(channels)
-    block = max(1, BLOCK // columns)
+    block = max(1, BLOCK_BYTES // (columns * stream.element_size()))
     return block, {
         "UNIT": common_unit(channels),
         "BLOCK_M": block,
         "BLOCK_N": columns,
-        "HAS_BRANCH": branch is not None,
+        "HAS_BRANCH": has_branch,
+        "HAS_SHIFT": has_shift,
         "HAS_GAMMA": gamma is not None,
         "HAS_SCALE": scale is not None,
         "num_warps": max(4, columns // 512),
@@ -154,28 +160,41 @@ def _setup_norm(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, T
 def _differentiate_norm(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, mean, rate = ctx.saved_tensors
     grad_x, _, sums = add_layer_norm_backward(
-        None, grad_y, x.contiguous(), None, None, None, weight, mean, rate, x.dtype, x.dtype
+        None, grad_y, x.contiguous(), None, None, None, weight, mean, rate, False, x.dtype, x.dtype
     )
     return grad_x, sums[0].to(weight.dtype), sums[1].to(ctx.bias_type), None, None
 
 
 def _setup_sum(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-    x, branch, gamma, scale, weight, bias, *_ = inputs
+    x, branch, shift, gamma, scale, weight, bias, *_ = inputs
     total, _, mean, rate = output
-    ctx.save_for_backward(None if gamma is None else branch, gamma, scale, weight, total, mean, rate)
+    ctx.save_for_backward(None if gamma is None else branch, shift, gamma, scale, weight, total, mean, rate)
     ctx.types, ctx.bias_type = (x.dtype, branch.dtype), bias.dtype
     ctx.mark_non_differentiable(mean, rate)
 
 
 def _differentiate_sum(ctx: Any, grad_total: Tensor, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    branch, gamma, scale, weight, total, mean, rate = ctx.saved_tensors
+    branch, shift, gamma, scale, weight, total, mean, rate = ctx.saved_tensors
     grad_x, grad_branch, sums = add_layer_norm_backward(
-        grad_total, grad_y, total, branch, gamma, scale, weight, mean, rate, *ctx.types
+        grad_total, grad_y, total, branch, gamma, scale, weight, mean, rate, shift is not None, *ctx.types
     )
     if gamma is None and scale is None:
         grad_branch = grad_x.to(ctx.types[1])
-    grad_gamma = None if gamma is None else sums[2].to(gamma.dtype)
-    return grad_x, grad_branch, grad_gamma, None, sums[0].to(weight.dtype), sums[1].to(ctx.bias_type), None, None
+    grad_gamma = None if gamma is None else sums[2]
+    grad_shift = None if shift is None else sums[-1]
+    if grad_gamma is not None and grad_shift is not None:
+        grad_gamma, grad_shift = grad_gamma + shift * grad_shift, gamma * grad_shift
+    return (
+        grad_x,
+        grad_branch,
+        None if grad_shift is None else grad_shift.to(shift.dtype),
+        None if grad_gamma is None else grad_gamma.to(gamma.dtype),
+        None,
+        sums[0].to(weight.dtype),
+        sums[1].to(ctx.bias_type),
+        None,
+        None,
+    )
 
 
 affine_layer_norm.register_autograd(_differentiate_norm, setup_context=_setup_norm)

@@ -23,7 +23,8 @@ def _triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from mambavision.ops.batch_norm.triton_op import batch_norm
 
-    return batch_norm(x, weight, bias, scale, residual, eps, activation)
+    found: tuple[Tensor, Tensor, Tensor] = batch_norm(x, weight, bias, scale, residual, eps, activation)
+    return found
 
 
 BACKENDS = (
@@ -49,7 +50,7 @@ def batch_norm(
         x: (batch, channels, height, width); the kernels want it channels-last, and copy it where it is not.
         weight: (channels,), of any floating type, as the next.
         bias: (channels,).
-        scale: (batch,), of a picture's whole result before the residual (stochastic depth), without a gradient, or None.
+        scale: (batch,), of pictures before the residual is added (stochastic depth), without a gradient, or None.
         residual: of the shape of x, or None.
         eps: added to the variance.
         activation: `none`, `relu` or `gelu_tanh`.
@@ -72,8 +73,7 @@ def batch_norm(
     if x.numel() <= x.shape[1]:
         raise ValueError(f"Statistics need more than one value a channel, got x of {tuple(x.shape)}.")
     choice = select("batch_norm", BACKENDS, situation_of(x, weight, bias, residual), backend)
-    found: tuple[Tensor, Tensor, Tensor] = choice.backend.function(x, weight, bias, scale, residual, eps, activation)
-    return found
+    return choice.backend.function(x, weight, bias, scale, residual, eps, activation)
 
 
 def refuse_batch_norm_kernels(x: Tensor) -> str | None:

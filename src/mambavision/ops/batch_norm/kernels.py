@@ -133,7 +133,7 @@ def apply_kernel(
 
 @triton.jit
 def _before(x, grad_y, at, there, centre, factor, shift, scales, ACTIVATION: tl.constexpr):
-    """x - mean, and the gradient of what the activation takes."""
+    """X - mean, and the gradient of what the activation takes."""
     v = tl.load(x + at, mask=there, other=0.0).to(tl.float32) - centre[None, :]
     grad = tl.load(grad_y + at, mask=there, other=0.0).to(tl.float32) * scales[:, None]
     return v, grad * slope(v * factor[None, :] + shift[None, :], ACTIVATION)

@@ -1,6 +1,7 @@
 """The GELU as an operator that PyTorch knows, whose backward makes the bias's gradient in the same pass.
 
-PyTorch's own reads the hidden layer, of which an MLP has most, once more for it, and evaluates erf for 16 bits. Imported only where the backend runs.
+PyTorch's own reads the hidden layer, of which an MLP has most, once more for it, and evaluates erf for 16 bits.
+Imported only where the backend runs.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def selective_scan_(
     return x.copy_(selective_scan(x, dt, A, B, C, D, dt_bias))
 
 
-def choose_backend(x: Tensor, requested: str = "auto", *, state: int = 8) -> Choice:
+def choose_backend(x: Tensor, requested: str = "auto", *, state: int = 8) -> Choice[Tensor]:
     """The backend that `selective_scan` takes for an input like `x`, (batch, length, channels), and the reason."""
     return select("selective_scan", BACKENDS, Situation(x.device.type, x.dtype, x.shape[1], state), requested)
 
