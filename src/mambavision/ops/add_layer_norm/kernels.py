@@ -132,24 +132,3 @@ def add_layer_norm_backward_kernel(
         tl.store(at + 2 * channels, tl.sum(by_gamma, 0), mask=real)
     if HAS_SHIFT:
         tl.store(at + (2 + HAS_GAMMA) * channels, tl.sum(by_shift, 0), mask=real)
-
-
-@triton.jit
-def layer_norm_sums_kernel(
-    parts,  # (programs, columns)
-    sums,  # (columns,)
-    programs,
-    columns,  # in units of UNIT elements, so that the compiler knows what divides it
-    UNIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The sums of what the backward's programs add, for BLOCK_N columns. Grid: (blocks of columns,)."""
-    columns = columns * UNIT
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, programs, BLOCK_M):
-        part = start + tl.arange(0, BLOCK_M)
-        there = (part < programs)[:, None] & (column < columns)[None, :]
-        total += tl.load(parts + part[:, None] * columns + column[None, :], mask=there, other=0.0)
-    tl.store(sums + column, tl.sum(total, 0), mask=column < columns)

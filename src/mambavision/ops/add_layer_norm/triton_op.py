@@ -15,18 +15,14 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
-from mambavision.ops.add_layer_norm.kernels import (
-    add_layer_norm_backward_kernel,
-    add_layer_norm_kernel,
-    layer_norm_sums_kernel,
-)
+from mambavision.ops.add_layer_norm.kernels import add_layer_norm_backward_kernel, add_layer_norm_kernel
+from mambavision.ops.column_sums import column_sums
 from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import common_unit
 
 BLOCK_BYTES = 4096  # of the stream that a program has at once: the backward has room for its sums beside them
 PROGRAMS = 528  # of the backward: four for each multiprocessor of a large GPU, and few sums
 STAGES = {2: 3, 4: 4}  # by the bytes of the stream's elements: steps of the backward whose loads are under way at once
-SUM_M, SUM_N = 256, 16
 
 
 @triton_op("mambavision::affine_layer_norm", mutates_args=())
@@ -86,18 +82,14 @@ def add_layer_norm_backward(
     block, settings = _settings(total, grad_total is not None, has_shift, gamma, scale)
     steps = triton.cdiv(rows, block * PROGRAMS)
     programs = triton.cdiv(rows, block * steps)
-    parts = torch.empty((programs, kinds * channels), dtype=torch.float32, device=device)
-    sums = torch.empty((kinds, channels), dtype=torch.float32, device=device)
+    parts = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
     launcher(add_layer_norm_backward_kernel)[(programs,)](
         _dense(grad_total), grad_y.contiguous(), total, _dense(branch), _dense(gamma), scale, weight.contiguous(),
         mean, rate, grad_x, grad_branch, parts,
-        rows, rows // total.shape[0], channels // settings["UNIT"], steps, STAGES=STAGES[total.element_size()], **settings,
+        rows, rows // total.shape[0], channels // settings["UNIT"], steps,
+        STAGES=STAGES[total.element_size()], **settings,
     )  # fmt: skip
-    unit = common_unit(kinds * channels)
-    launcher(layer_norm_sums_kernel)[(triton.cdiv(kinds * channels, SUM_N),)](
-        parts, sums, programs, kinds * channels // unit, UNIT=unit, BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=8
-    )
-    return grad_x, grad_branch, sums
+    return grad_x, grad_branch, column_sums(parts)
 
 
 def _forward(

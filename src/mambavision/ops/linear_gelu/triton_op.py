@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
+from mambavision.ops.column_sums import column_sums
 from mambavision.ops.launch import launcher
 from mambavision.ops.linear_gelu.kernels import gelu_backward_kernel, gelu_kernel
 from mambavision.ops.tiles import common_unit
@@ -47,16 +48,16 @@ def gelu_backward(grad_y: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
     columns = before.shape[-1]
     grad_y, before = (tensor.reshape(-1, columns).contiguous() for tensor in (grad_y, before))
     rows = before.shape[0]
-    blocks = triton.cdiv(rows, BLOCK_M)
     grad_before = torch.empty((rows, columns), dtype=before.dtype, device=before.device)
-    grad_bias = torch.empty((blocks, columns), dtype=torch.float32, device=before.device)
-    if rows:
-        unit = common_unit(columns)
-        launcher(gelu_backward_kernel)[(blocks * triton.cdiv(columns, BLOCK_N),)](
-            grad_y, before, grad_before, grad_bias, rows, columns // unit,
-            UNIT=unit, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
-        )  # fmt: skip
-    return grad_before, grad_bias.sum(0)
+    if rows == 0:
+        return grad_before, torch.zeros((columns,), dtype=torch.float32, device=before.device)
+    blocks, unit = triton.cdiv(rows, BLOCK_M), common_unit(columns)
+    parts = torch.empty((blocks, columns), dtype=torch.float32, device=before.device)
+    launcher(gelu_backward_kernel)[(blocks * triton.cdiv(columns, BLOCK_N),)](
+        grad_y, before, grad_before, parts, rows, columns // unit,
+        UNIT=unit, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+    )  # fmt: skip
+    return grad_before, column_sums(parts)
 
 
 def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:  # noqa: ARG001  (PyTorch's signature)

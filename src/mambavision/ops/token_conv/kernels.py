@@ -123,22 +123,3 @@ def token_conv_backward_kernel(
     for tap in tl.static_range(KERNEL):
         at = parts + (group * CHANNELS + channel) * KERNEL + tap
         tl.store(at, tl.sum(sums[tap], 0), mask=real)
-
-
-@triton.jit
-def token_conv_sums_kernel(
-    parts,  # (count, size)
-    out,  # (size,)
-    count,
-    size,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """The sum of what the backward's programs add to the weight's gradient. Grid: (tiles of `size`,)."""
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, count, BLOCK_M):
-        row = start + tl.arange(0, BLOCK_M)
-        there = (row < count)[:, None] & (column < size)[None, :]
-        acc += tl.load(parts + row[:, None] * size + column[None, :], mask=there, other=0.0)
-    tl.store(out + column, tl.sum(acc, 0), mask=column < size)

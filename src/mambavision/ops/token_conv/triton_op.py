@@ -10,9 +10,10 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
+from mambavision.ops.column_sums import column_sums
 from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import common_unit
-from mambavision.ops.token_conv.kernels import token_conv_backward_kernel, token_conv_kernel, token_conv_sums_kernel
+from mambavision.ops.token_conv.kernels import token_conv_backward_kernel, token_conv_kernel
 
 BLOCK_M, BLOCK_N = 32, 64
 # Of the backward: tokens that a thread walks along, which divide the networks' windows of 49 and 196, and how many
@@ -20,7 +21,6 @@ BLOCK_M, BLOCK_N = 32, 64
 RUN, AHEAD = 7, 7
 BACKWARD_M, BACKWARD_N, BACKWARD_WARPS = 8, 32, 2
 PROGRAMS = 1024  # enough for a large GPU, and few sums of the weight's gradient
-SUM_M, SUM_N = 128, 32
 
 
 @triton_op("mambavision::token_conv", mutates_args=())
@@ -51,17 +51,13 @@ def token_conv_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     steps = max(1, runs * tiles // (BACKWARD_M * PROGRAMS))
     groups = triton.cdiv(runs, steps * BACKWARD_M)
     parts = torch.empty((groups, *weight.shape), dtype=torch.float32, device=x.device)
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     x, grad_y = _rows(x), _rows(grad_y)
     launcher(token_conv_backward_kernel)[(tiles * groups,)](
         x, weight.contiguous(), grad_y, grad_x, parts, runs, length, steps,
         CHANNELS=channels, X_ROW=x.stride(0), GRAD_Y_ROW=grad_y.stride(0), KERNEL=weight.shape[1],
         RUN=RUN, AHEAD=AHEAD, BLOCK_M=BACKWARD_M, BLOCK_N=BACKWARD_N, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
-    launcher(token_conv_sums_kernel)[(triton.cdiv(weight.numel(), SUM_N),)](
-        parts, grad_weight, groups, weight.numel(), BLOCK_M=SUM_M, BLOCK_N=SUM_N, num_warps=4,
-    )  # fmt: skip
-    return grad_x, grad_weight
+    return grad_x, column_sums(parts)
 
 
 def _rows(tensor: Tensor) -> Tensor:
