@@ -53,7 +53,7 @@ def test_views_of_wider_maps(channels, poisoned):
 
 @pytest.mark.parametrize(("rows", "channels"), [(1000, 40), (15, 640), (9, 2048)])
 def test_a_program_walks_over_many_rows(rows, channels, poisoned, monkeypatch):
-    monkeypatch.setattr(triton_op, "PROGRAMS", 2)
+    monkeypatch.setitem(triton_op.WALKS, 4, triton_op.Walk(2, 2))
     check(own, plain, inputs((rows, channels), torch.float32), random(rows, channels))
 
 
@@ -164,7 +164,7 @@ def test_sums(dtype, with_scale, with_shift, shape, poisoned):
 @pytest.mark.parametrize("with_scale", [False, True])
 @pytest.mark.parametrize("with_shift", [False, True])
 def test_sums_with_layer_scale_are_as_wide_as_it(dtype, with_scale, with_shift, poisoned, monkeypatch):
-    monkeypatch.setattr(triton_op, "PROGRAMS", 2)
+    monkeypatch.setitem(triton_op.WALKS, 4, triton_op.Walk(2, 2))
     shape = (4, 50, 40)
     x, weight, bias = inputs(shape, torch.float32)
     scale = torch.tensor([0.0, 1.25, 1.25, 0.0], device=DEVICE) if with_scale else None
@@ -199,7 +199,7 @@ def looked_at(block):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the op gets, which runs by its kernels; and every tensor takes itself for a GPU's."""
+    """What the op gets, which runs by its kernels, as under a compiler on a GPU."""
     seen = []
 
     def op(x, branch, weight, bias, *, shift=None, gamma=None, scale=None, eps, dtype):
@@ -207,7 +207,7 @@ def calls(monkeypatch):
         return BACKENDS[0].function(x, branch, shift, gamma, scale, weight, bias, eps, dtype or x.dtype)
 
     monkeypatch.setattr(token_block, "add_layer_norm", op)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(token_block, "is_fused", lambda _: True)
     return seen
 
 
@@ -290,7 +290,11 @@ def test_sums_of_the_sizes_of_the_networks(dtype, layer_scale, shape, poisoned):
 def test_the_operator_is_registered_as_torch_asks():
     tensors = [tensor.requires_grad_() for tensor in inputs((2, 49, 40), torch.bfloat16)]
     torch.library.opcheck(triton_op.affine_layer_norm, (*tensors, EPS, torch.bfloat16))
-    x, weight, bias = tensors
+
+
+@pytest.mark.gpu
+def test_the_operator_of_the_sum_is_registered_as_torch_asks():
+    x, weight, bias = [tensor.requires_grad_() for tensor in inputs((2, 49, 40), torch.bfloat16)]
     branch, shift, gamma, scale = random(2, 49, 40, dtype=torch.bfloat16), random(40), random(40), random(2)
     some = (x, branch.requires_grad_(), shift.requires_grad_(), gamma.requires_grad_(), scale, weight, bias)
     torch.library.opcheck(triton_op.add_layer_norm, (*some, EPS, torch.bfloat16))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.config import StepBiasInit
-from mambavision.layers.plain import are_plain
+from mambavision.layers.plain import are_plain, is_fused
 from mambavision.ops import selective_scan, token_conv
 from mambavision.ops.precision import at_least_float32
 
@@ -81,7 +81,7 @@ class MambaVisionMixer(nn.Module):
         The published network adds the step bias in the projection and once more in the scan; its weights need both.
         """
         states = [self.d_state, self.d_state]
-        if x.is_cuda and torch.is_grad_enabled() and are_plain(self.x_proj, self.dt_proj):
+        if is_fused(x) and torch.is_grad_enabled() and are_plain(self.x_proj, self.dt_proj):
             # One product with the product of both weights: the narrow one between takes a GPU longer, twice backwards.
             low, rest = self.x_proj.weight.split([self.dt_rank, 2 * self.d_state])
             weight = torch.cat([self.dt_proj.weight @ low, rest.to(x.dtype)])

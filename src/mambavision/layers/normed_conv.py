@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambavision.layers.plain import are_plain
+from mambavision.layers.plain import are_plain, is_fused
 from mambavision.ops.batch_norm import batch_norm, refuse_batch_norm_kernels
 
 if TYPE_CHECKING:
@@ -46,7 +46,8 @@ def normed_conv(
     y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups) if spared else conv(x)
     bias = cast("Tensor", conv.bias) if spared else None
     activation = None if act is None else _named(act)
-    if (act is None or activation) and y.numel() > y.shape[1] and refuse_batch_norm_kernels(y) is None:
+    fits = (act is None or activation) and y.numel() > y.shape[1]
+    if fits and is_fused(y) and refuse_batch_norm_kernels(y) is None:
         return _in_one_op(norm, y, bias, activation or "none", gamma, scale, residual)
     y = norm(y) if bias is None else _normed_without(bias, norm, y)
     return _followed(y, act, gamma, scale, residual)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
 _KINDS = (nn.Linear, nn.GELU, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
@@ -19,3 +20,11 @@ def has_hooks(module: nn.Module) -> bool:
     anywhere = anywhere or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(anywhere or own or "forward" in module.__dict__)
+
+
+def is_fused(x: Tensor) -> bool:
+    """Whether layers take the ops that fuse their parts for training: on a GPU, where a compiler launches them.
+
+    Without one the host is what training waits for, and an operator that is written in Python takes it longer.
+    """
+    return x.is_cuda and torch.compiler.is_compiling()

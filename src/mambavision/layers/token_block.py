@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.attention import Attention
 from mambavision.layers.drop_path import DropPath
-from mambavision.layers.plain import are_plain, has_hooks
+from mambavision.layers.plain import are_plain, has_hooks, is_fused
 from mambavision.ops import add_layer_norm, linear_gelu
 from mambavision.ops.add_layer_norm import scaled_branch
 
@@ -93,7 +93,7 @@ def run_blocks(blocks: Iterable[TokenBlock], x: Tensor) -> Tensor:
 def _without_bias(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor | None]:
     """The layer's result but for its last bias, and that, where the op behind can add it and sum its gradient."""
     last = layer.proj if type(layer) is Attention else layer.fc2 if type(layer) is Mlp else None
-    if not (isinstance(last, nn.Linear) and y.is_cuda and torch.is_grad_enabled()):
+    if not (isinstance(last, nn.Linear) and is_fused(y) and torch.is_grad_enabled()):
         return layer(y), None
     if last.bias is None or has_hooks(layer) or not are_plain(last):
         return layer(y), None
@@ -102,7 +102,7 @@ def _without_bias(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def _add_and_norm(x: Tensor, branch: Branch | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
     """X + branch, and its norm, in the type of the linear layer behind it, where autocast would widen it."""
-    if not (x.is_cuda and are_plain(norm)) or norm.weight is None or norm.bias is None:
+    if not (is_fused(x) and are_plain(norm)) or norm.weight is None or norm.bias is None:
         x = x if branch is None else x + scaled_branch(*branch)
         return x, norm(x)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
