@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any, Literal, get_args
 
 CropMode = Literal["center", "squash"]
@@ -78,11 +79,20 @@ class Preprocessing:
             ValueError: there is another number of them.
         """
         count = len(self.mean)
-        if count == in_chans:
-            return self.mean, self.std
-        if 1 not in (count, in_chans):
+        if count != in_chans and 1 not in (count, in_chans):
             raise ValueError(f"The preprocessing normalises {count} channels and the model takes {in_chans}.")
-        return (sum(self.mean) / count,) * in_chans, (sum(self.std) / count,) * in_chans
+        fitting = self.for_channels(in_chans)
+        return fitting.mean, fitting.std
+
+    def for_channels(self, in_chans: int) -> Preprocessing:
+        """The same for another number of channels: their average for one, else repeated in turn."""
+        if in_chans == len(self.mean):
+            return self
+        mean, std = (
+            (sum(values) / len(values),) if in_chans == 1 else tuple(islice(cycle(values), in_chans))
+            for values in (self.mean, self.std)
+        )
+        return dataclasses.replace(self, mean=mean, std=std)
 
 
 @dataclass(frozen=True, kw_only=True)

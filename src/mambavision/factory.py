@@ -188,8 +188,7 @@ def adapted_config(
         if not isinstance(in_chans, int) or in_chans < 1:
             raise ValueError(f"in_chans must be a positive integer, got {in_chans!r}.")
         changes["in_chans"] = in_chans
-        mean, std = (_for_channels(values, in_chans) for values in (preprocessing.mean, preprocessing.std))
-        preprocessing = dataclasses.replace(preprocessing, mean=mean, std=std)
+        preprocessing = preprocessing.for_channels(in_chans)
     if img_size is not None:
         preprocessing = dataclasses.replace(
             preprocessing, img_size=(img_size, img_size) if isinstance(img_size, int) else img_size
@@ -198,10 +197,3 @@ def adapted_config(
     if window_size is not None:
         changes["window_size"] = window_size
     return config.replace(preprocessing=preprocessing, **changes)
-
-
-def _for_channels(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Statistics of three channels for another number: their average for one, else repeated in turn."""
-    if channels == 1:
-        return (sum(values) / len(values),)
-    return tuple(values[index % len(values)] for index in range(channels))
