@@ -1,7 +1,6 @@
 """Fixtures that several test files share."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -65,15 +64,3 @@ def nano_onnx(onnx_exporter, tmp_path_factory):
 
     model = create_model("mamba_vision_nano_32", pretrained=True)
     return model, export_onnx(model, tmp_path_factory.mktemp("onnx") / "mamba_vision_nano_32.onnx")
-
-
-@pytest.fixture(autouse=True)
-def few_programs(monkeypatch):
-    """Kernels that sum take as many programs as a GPU wants; the interpreter runs one after another."""
-    if torch.cuda.is_available():
-        return
-    for op in ("batch_norm", "token_conv"):
-        if module := sys.modules.get(f"mambavision.ops.{op}.triton_op"):
-            monkeypatch.setattr(module, "PROGRAMS", 10)
-    if module := sys.modules.get("mambavision.ops.add_layer_norm.triton_op"):
-        monkeypatch.setattr(module, "WALKS", {size: module.Walk(10, 2) for size in module.WALKS})

@@ -53,7 +53,7 @@ def test_views_of_wider_maps(channels, poisoned):
 
 @pytest.mark.parametrize(("rows", "channels"), [(1000, 40), (15, 640), (9, 2048)])
 def test_a_program_walks_over_many_rows(rows, channels, poisoned, monkeypatch):
-    monkeypatch.setitem(triton_op.WALKS, 4, triton_op.Walk(2, 2))
+    monkeypatch.setattr(triton_op, "PROGRAMS", 2)
     check(own, plain, inputs((rows, channels), torch.float32), random(rows, channels))
 
 
@@ -164,7 +164,7 @@ def test_sums(dtype, with_scale, with_shift, shape, poisoned):
 @pytest.mark.parametrize("with_scale", [False, True])
 @pytest.mark.parametrize("with_shift", [False, True])
 def test_sums_with_layer_scale_are_as_wide_as_it(dtype, with_scale, with_shift, poisoned, monkeypatch):
-    monkeypatch.setitem(triton_op.WALKS, 4, triton_op.Walk(2, 2))
+    monkeypatch.setattr(triton_op, "PROGRAMS", 2)
     shape = (4, 50, 40)
     x, weight, bias = inputs(shape, torch.float32)
     scale = torch.tensor([0.0, 1.25, 1.25, 0.0], device=DEVICE) if with_scale else None

@@ -76,6 +76,7 @@ def add_layer_norm_backward_kernel(
     rows,
     sample_rows,
     channels,  # in units of UNIT elements, so that the compiler knows what divides it
+    steps,
     UNIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -85,7 +86,7 @@ def add_layer_norm_backward_kernel(
     HAS_SCALE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Blocks of rows in turn, whose sums stay in registers from one to the next. Grid: (programs,), any number."""
+    """`steps` blocks of rows, whose sums stay in registers from one to the next. Grid: (groups of blocks,)."""
     channels = channels * UNIT
     column = tl.arange(0, BLOCK_N)
     real = column < channels
@@ -98,8 +99,8 @@ def add_layer_norm_backward_kernel(
     by_bias = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     by_gamma = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     by_shift = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_M), tl.num_programs(0), num_stages=STAGES):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    for step in tl.range(steps, num_stages=STAGES):
+        row = (tl.program_id(0) * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         there = (row < rows)[:, None] & real[None, :]
         at = row.to(tl.int64)[:, None] * channels + column[None, :]
         grad = tl.load(grad_y + at, mask=there, other=0.0).to(tl.float32)

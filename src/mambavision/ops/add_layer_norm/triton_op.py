@@ -8,7 +8,7 @@ gradients of the parameters. Imported only where it runs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,22 +21,8 @@ from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import common_unit
 
 BLOCK_BYTES = 4096  # of the stream that a program has at once: the backward has room for its sums beside them
-
-
-class Walk(NamedTuple):
-    """How the backward goes over the rows.
-
-    Attributes:
-        programs: on a large GPU's 132 multiprocessors at once, as its registers allow, and few sums. Always as many: a
-            compiler of dynamic shapes takes minutes over a number that depends on the rows.
-        stages: blocks whose loads are under way at once.
-    """
-
-    programs: int
-    stages: int
-
-
-WALKS = {2: Walk(396, 3), 4: Walk(528, 4)}  # by the bytes of the stream's elements
+PROGRAMS = 528  # of the backward: four for each multiprocessor of a large GPU, and few sums
+STAGES = {2: 3, 4: 4}  # by the bytes of the stream's elements: steps of the backward whose loads are under way at once
 
 
 @triton_op("mambavision::affine_layer_norm", mutates_args=())
@@ -93,14 +79,15 @@ def add_layer_norm_backward(
     grad_branch = torch.empty(total.shape if apart else (0,), dtype=branch_type, device=device)
     if rows == 0:
         return grad_x, grad_branch, torch.zeros((kinds, channels), dtype=torch.float32, device=device)
-    _, settings = _settings(total, grad_total is not None, has_shift, gamma, scale)
-    programs, stages = WALKS[total.element_size()]
+    block, settings = _settings(total, grad_total is not None, has_shift, gamma, scale)
+    steps = triton.cdiv(rows, block * PROGRAMS)
+    programs = triton.cdiv(rows, block * steps)
     parts = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
     launcher(add_layer_norm_backward_kernel)[(programs,)](
         _dense(grad_total), grad_y.contiguous(), total, _dense(branch), _dense(gamma), scale, weight.contiguous(),
         mean, rate, grad_x, grad_branch, parts,
-        rows, rows // total.shape[0], channels // settings["UNIT"],
-        STAGES=stages, **settings,
+        rows, rows // total.shape[0], channels // settings["UNIT"], steps,
+        STAGES=STAGES[total.element_size()], **settings,
     )  # fmt: skip
     return grad_x, grad_branch, column_sums(parts)
 
@@ -135,7 +122,7 @@ def _settings(
     stream: Tensor, has_branch: bool, has_shift: bool, gamma: Tensor | None, scale: Tensor | None
 ) -> tuple[int, dict[str, Any]]:
     """The rows of a block, and what both passes over the maps are compiled for."""
-    channels = stream.shape[-1]
+    channels = int(stream.shape[-1])  # what follows would be long to trace for a symbol
     columns = triton.next_power_of_2(channels)
     block = max(1, BLOCK_BYTES // (columns * stream.element_size()))
     return block, {

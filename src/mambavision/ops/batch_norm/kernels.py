@@ -24,21 +24,20 @@ def statistics_kernel(
     x,  # (rows, COLUMNS)
     partial,  # (groups, 2, COLUMNS): mean and sum of squared deviations of a group's rows, float32
     rows,
-    groups,
+    steps,
     COLUMNS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Statistics of one of `groups` parts of the rows, of each column. Grid: see `_tile`.
+    """Statistics of `steps` blocks of rows, of each column. Grid: see `_tile`.
 
     Deviations are taken from the group's first row, so that a large mean costs no digits.
     """
     group, column = _tile(COLUMNS, BLOCK_N)
     real = column < COLUMNS
-    steps = tl.cdiv(tl.cdiv(rows, BLOCK_M), groups)
     first = group * steps * BLOCK_M
-    shift = tl.load(x + first.to(tl.int64) * COLUMNS + column, mask=real & (first < rows), other=0.0).to(tl.float32)
+    shift = tl.load(x + first.to(tl.int64) * COLUMNS + column, mask=real, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     squares = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in tl.range(steps, num_stages=STAGES):
@@ -48,7 +47,7 @@ def statistics_kernel(
         v = tl.where(there, v - shift[None, :], 0.0)
         total += v
         squares += v * v
-    count = tl.maximum(tl.minimum(rows - first, steps * BLOCK_M), 1) * 1.0  # of a part without rows all is 0
+    count = tl.minimum(rows - first, steps * BLOCK_M) * 1.0
     mean = tl.sum(total, 0) / count
     at = partial + group.to(tl.int64) * (2 * COLUMNS) + column
     tl.store(at, mean + shift, mask=real)
@@ -62,9 +61,9 @@ def merge_statistics_kernel(
     variance,
     rows,
     groups,
+    group_rows,
     CHANNELS: tl.constexpr,
     FOLD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -72,11 +71,10 @@ def merge_statistics_kernel(
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     real = channel < CHANNELS
     parts = groups * FOLD
-    group_rows = tl.cdiv(tl.cdiv(rows, BLOCK_M), groups) * BLOCK_M
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
-        count = tl.maximum(tl.minimum(rows - part // FOLD * group_rows, group_rows), 0) * 1.0
+        count = tl.minimum(rows - part // FOLD * group_rows, group_rows) * 1.0
         at = partial + (part // FOLD * 2 * FOLD + part % FOLD)[:, None] * CHANNELS + channel[None, :]
         total += tl.load(at, mask=(part < parts)[:, None] & real[None, :], other=0.0) * count[:, None]
     values = rows * (1.0 * FOLD)
@@ -84,7 +82,7 @@ def merge_statistics_kernel(
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
-        count = tl.maximum(tl.minimum(rows - part // FOLD * group_rows, group_rows), 0) * 1.0
+        count = tl.minimum(rows - part // FOLD * group_rows, group_rows) * 1.0
         at = partial + (part // FOLD * 2 * FOLD + part % FOLD)[:, None] * CHANNELS + channel[None, :]
         there = (part < parts)[:, None] & real[None, :]
         away = tl.load(at, mask=there, other=0.0) - average[None, :]
@@ -152,7 +150,7 @@ def sums_kernel(
     scale,  # (pictures,)
     partial,  # (groups, 2, COLUMNS): sums of the activation's gradient, and of its product with x - mean, float32
     rows,
-    groups,
+    steps,
     picture_rows,
     eps: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -163,7 +161,7 @@ def sums_kernel(
     ACTIVATION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """What the gradients need of one of `groups` parts of the rows. Grid: see `_tile`."""
+    """What the gradients need of `steps` blocks of rows. Grid: see `_tile`."""
     group, column = _tile(COLUMNS, BLOCK_N)
     real = column < COLUMNS
     channel = column % CHANNELS
@@ -172,7 +170,6 @@ def sums_kernel(
     shift = tl.load(bias + channel).to(tl.float32)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     product = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    steps = tl.cdiv(tl.cdiv(rows, BLOCK_M), groups)
     for step in tl.range(steps, num_stages=STAGES):
         row = (group * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         there = (row < rows)[:, None] & real[None, :]

@@ -16,8 +16,7 @@ from mambavision.ops.launch import launcher
 
 BLOCK_M, BLOCK_N = 32, 128
 SUM_M, STAGES = 16, 4  # of the kernels that sum: rows a step, steps whose loads are under way
-# That sum: four for each multiprocessor of a large GPU, and few sums to merge; always as many, as in `add_layer_norm`.
-PROGRAMS = 528
+PROGRAMS = 528  # that sum: four for each multiprocessor of a large GPU, and few sums to merge
 MERGE_P, MERGE_C = 256, 8
 
 
@@ -30,6 +29,7 @@ class Plan(NamedTuple):
     rows: int
     picture_rows: int
     tiles: int
+    steps: int
     groups: int
 
 
@@ -39,7 +39,9 @@ def plan(batch: int, channels: int, pixels: int) -> Plan:
     columns = fold * channels
     rows = batch * pixels // fold
     tiles = triton.cdiv(columns, BLOCK_N)
-    return Plan(channels, fold, columns, rows, pixels // fold, tiles, max(1, PROGRAMS // tiles))
+    blocks = triton.cdiv(rows, SUM_M)
+    steps = max(1, triton.cdiv(blocks * tiles, PROGRAMS))
+    return Plan(channels, fold, columns, rows, pixels // fold, tiles, steps, triton.cdiv(blocks, steps))
 
 
 @triton_op("mambavision::batch_norm", mutates_args=())
@@ -52,12 +54,12 @@ def batch_norm(
     how = plan(batch, channels, height * width)
     partial, mean, variance = _sums(how, x.device)
     launcher(kernels.statistics_kernel)[(how.groups * how.tiles,)](
-        x, partial, how.rows, how.groups,
+        x, partial, how.rows, how.steps,
         COLUMNS=how.columns, BLOCK_M=SUM_M, BLOCK_N=BLOCK_N, STAGES=STAGES, num_warps=4,
     )  # fmt: skip
     launcher(kernels.merge_statistics_kernel)[(triton.cdiv(channels, MERGE_C),)](
-        partial, mean, variance, how.rows, how.groups,
-        CHANNELS=channels, FOLD=how.fold, BLOCK_M=SUM_M, BLOCK_P=MERGE_P, BLOCK_C=MERGE_C, num_warps=8,
+        partial, mean, variance, how.rows, how.groups, how.steps * SUM_M,
+        CHANNELS=channels, FOLD=how.fold, BLOCK_P=MERGE_P, BLOCK_C=MERGE_C, num_warps=8,
     )  # fmt: skip
     kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = _empty(x, kind)
@@ -89,7 +91,7 @@ def batch_norm_backward(
     what = {"HAS_SCALE": scale is not None, "ACTIVATION": activation, "num_warps": 4}
     tile = {"CHANNELS": channels, "COLUMNS": how.columns, "BLOCK_N": BLOCK_N}
     launcher(kernels.sums_kernel)[(how.groups * how.tiles,)](
-        x, grad_y, weight, bias, mean, variance, scale, partial, how.rows, how.groups, how.picture_rows, eps,
+        x, grad_y, weight, bias, mean, variance, scale, partial, how.rows, how.steps, how.picture_rows, eps,
         BLOCK_M=SUM_M, STAGES=STAGES, **tile, **what,
     )  # fmt: skip
     launcher(kernels.merge_sums_kernel)[(triton.cdiv(channels, MERGE_C),)](

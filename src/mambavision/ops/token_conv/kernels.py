@@ -50,10 +50,10 @@ def token_conv_backward_kernel(
     weight,  # (CHANNELS, KERNEL)
     grad_y,  # (windows, length, CHANNELS)
     grad_x,  # the same, contiguous
-    parts,  # (groups, CHANNELS, KERNEL): what each adds to the weight's gradient, float32
+    parts,  # (programs along the tokens, CHANNELS, KERNEL): what each adds to the weight's gradient, float32
     runs,
     length,
-    groups,
+    steps,
     CHANNELS: tl.constexpr,
     X_ROW: tl.constexpr,  # strides of rows, known to the compiler: a run's tokens are then offsets in its loads
     GRAD_Y_ROW: tl.constexpr,
@@ -63,7 +63,7 @@ def token_conv_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Every `groups`-th block of runs of RUN tokens of one window. Grid: (groups x tiles of channels,).
+    """`steps` blocks of runs of RUN tokens of one window. Grid: (groups of blocks x tiles of channels,).
 
     A thread walks along a run with what it needs again in registers, so that each sum and its derivative are made once;
     twice only at the ends of runs, whose gradients need their neighbours' sums. It loads AHEAD tokens before it uses
@@ -79,8 +79,8 @@ def token_conv_backward_kernel(
         factors = factors + (tl.load(weight + channel * KERNEL + tap, mask=real, other=0.0).to(tl.float32)[None, :],)
         sums = sums + (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
     runs_each = tl.cdiv(length, RUN)
-    for block in range(group, tl.cdiv(runs, BLOCK_M), groups):
-        run = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    for step in range(steps):
+        run = (group * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         first = tl.where(run < runs, run % runs_each * RUN, 0)
         left = tl.where(run < runs, length - first, 0)  # tokens from the first to the window's end
         row = ((run // runs_each).to(tl.int64) * length + first)[:, None]

@@ -48,11 +48,12 @@ def token_conv_backward(grad_y: Tensor, x: Tensor, weight: Tensor) -> tuple[Tens
     if rows == 0:
         return grad_x, torch.zeros(weight.shape, dtype=torch.float32, device=x.device)
     runs, tiles = windows * triton.cdiv(length, RUN), triton.cdiv(channels, BACKWARD_N)
-    groups = max(1, PROGRAMS // tiles)  # whatever the runs: see `add_layer_norm.triton_op.Walk`
+    steps = max(1, runs * tiles // (BACKWARD_M * PROGRAMS))
+    groups = triton.cdiv(runs, steps * BACKWARD_M)
     parts = torch.empty((groups, *weight.shape), dtype=torch.float32, device=x.device)
     x, grad_y = _rows(x), _rows(grad_y)
     launcher(token_conv_backward_kernel)[(tiles * groups,)](
-        x, weight.contiguous(), grad_y, grad_x, parts, runs, length, groups,
+        x, weight.contiguous(), grad_y, grad_x, parts, runs, length, steps,
         CHANNELS=channels, X_ROW=x.stride(0), GRAD_Y_ROW=grad_y.stride(0), KERNEL=weight.shape[1],
         RUN=RUN, AHEAD=AHEAD, BLOCK_M=BACKWARD_M, BLOCK_N=BACKWARD_N, num_warps=BACKWARD_WARPS,
     )  # fmt: skip
