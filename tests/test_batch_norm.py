@@ -82,6 +82,25 @@ def test_a_residual_of_a_wider_type_makes_a_wider_result():
     check(own(None, "none"), plain(None, "none"), tensors, random(2, 8, 3, 3))
 
 
+def test_parameters_may_have_gaps(poisoned):
+    scale = torch.tensor([[0.5, 9.0], [2.0, 9.0]], device=DEVICE)[:, 0]
+    tensors = [maps(2, 8, 3, 5), random(8, 2), random(16), random(2, 8, 3, 5)]
+
+    def by(function):
+        return lambda x, weight, bias, residual: function(x, weight[:, 0], bias[::2], residual)
+
+    check(by(own(scale, "none")), by(plain(scale, "none")), tensors, random(2, 8, 3, 5))
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu_tanh"])
+def test_what_is_not_a_number_stays_none(activation):
+    x = maps(2, 8, 3, 5)
+    x[0, 1, 2, 2] = float("nan")
+    y, mean, variance = batch_norm_op.batch_norm(x, random(8), random(8), None, None, 1e-5, activation)
+    assert y[:, 1].isnan().all()
+    assert mean.isnan().tolist() == variance.isnan().tolist() == [False, True, *[False] * 6]
+
+
 def test_maps_in_another_order_are_copied():
     tensors = [random(2, 8, 3, 5), random(8), random(8), random(2, 8, 3, 5)]
     check(own(None, "none"), plain(None, "none"), tensors, random(2, 8, 5, 3).transpose(2, 3))
@@ -175,6 +194,14 @@ def test_a_conv_block_trains_by_the_kernels_as_by_its_modules(settings, kernels_
 def test_a_stem_trains_by_the_kernels_as_by_its_modules(kernels_taken):
     stem = Stem(3, 4, 6).to(DEVICE, memory_format=torch.channels_last)
     follows(stem, lambda stem, x: stem.conv_down(x), maps(4, 3, 9, 10), kernels_taken, calls=2)
+
+
+def test_layer_scale_widens_the_result_by_the_kernels_too(kernels_taken):
+    block = ConvBlock(6, layer_scale=0.5).to(DEVICE, memory_format=torch.channels_last)
+    for module in (block.conv1, block.norm1, block.conv2, block.norm2):
+        module.half()
+    assert block(maps(2, 6, 5, 4, dtype=torch.float16)).dtype == torch.float32
+    assert len(kernels_taken) == 2
 
 
 def test_a_hook_on_the_stems_modules_is_called(kernels_taken):

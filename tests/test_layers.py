@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mambavision import create_model
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.mixer import MambaVisionMixer
 from mambavision.layers.plain import are_plain
 from mambavision.layers.stem import FewChannelConv
-from mambavision.layers.token_block import Mlp
+from mambavision.layers.token_block import Mlp, TokenBlock
 
 
 def normal(module):
@@ -208,3 +209,32 @@ def test_a_mixer_calls_its_projection_of_steps_where_that_is_more_than_a_product
     mixer.dt_proj = linear
     linear.weight.data += 0.5
     torch.testing.assert_close(adapted, mixer(x))
+
+
+@pytest.mark.parametrize("kind", ["conv", "token"])
+def test_stochastic_depth_of_the_users_own_is_called(kind):
+    block = normal(ConvBlock(6, drop_path=0.5) if kind == "conv" else TokenBlock(6, nn.Linear(6, 6), drop_path=0.5))
+    x = torch.randn(3, 6, 5, 4) if kind == "conv" else torch.randn(3, 5, 6)
+    seen = []
+    handle = block.drop_path.register_forward_hook(lambda *arguments: seen.append(arguments[-1]))
+    block(x)
+    assert len(seen) == (1 if kind == "conv" else 2)
+    handle.remove()
+    other = copy.deepcopy(block)
+    block.drop_path = nn.Identity()
+    other.drop_path.rate = 0.0
+    torch.testing.assert_close(block(x), other(x))
+
+
+def test_a_block_compiled_by_itself_is_called_as_compiled():
+    level = create_model("mamba_vision_test_tiny").levels[2]
+    compiled = []
+
+    def backend(graph, _):
+        compiled.append(graph)
+        return graph
+
+    for block in level.blocks:
+        block.compile(backend=backend)
+    level(torch.randn(1, level.blocks[0].norm1.weight.shape[0], 4, 4))
+    assert compiled

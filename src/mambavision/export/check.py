@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,13 +90,20 @@ def check_model(model: object) -> None:
 
 @contextmanager
 def _without_tensorfloat() -> Iterator[None]:
-    """Float32 convolutions on a GPU as exact as elsewhere, so that a difference is the file's."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Float32 products and convolutions on a GPU as exact as elsewhere, so that a difference is the file's."""
+    kinds: tuple[Any, ...] = (getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul)
+    name: str = "fp32_precision"
+    exact: str | bool = "ieee"
+    if not hasattr(kinds[0], name):  # PyTorch older than 2.9, whose successors take either names, but not both
+        kinds, name, exact = (torch.backends.cudnn, torch.backends.cuda.matmul), "allow_tf32", False
+    before = [getattr(kind, name) for kind in kinds]
     try:
+        for kind in kinds:
+            setattr(kind, name, exact)
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+        for kind, value in zip(kinds, before, strict=True):
+            setattr(kind, name, value)
 
 
 @contextmanager

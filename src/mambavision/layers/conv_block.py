@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mambavision.layers.drop_path import DropPath
+from mambavision.layers.drop_path import DropPath, takes_factors
 from mambavision.layers.normed_conv import normed_conv
 
 
@@ -26,5 +26,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, dim, H, W), the same out
         branch = normed_conv(self.conv1, self.norm1, x, act=self.act1)
+        if not takes_factors(self.drop_path):
+            return x + self.drop_path(normed_conv(self.conv2, self.norm2, branch, gamma=self.gamma))
         scale = self.drop_path.factors(x)
         return normed_conv(self.conv2, self.norm2, branch, gamma=self.gamma, scale=scale, residual=x)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from mambavision.layers.plain import has_hooks
+
 
 class DropPath(nn.Module):
     """Zeroes a sample's whole branch with probability `rate` in training and scales the rest to keep the mean."""
@@ -24,3 +26,8 @@ class DropPath(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
+
+
+def takes_factors(drop_path: nn.Module) -> bool:
+    """Whether a branch may be multiplied with the module's `factors` in place of its call."""
+    return type(drop_path) is DropPath and not has_hooks(drop_path)

@@ -81,7 +81,8 @@ class MambaVisionMixer(nn.Module):
         The published network adds the step bias in the projection and once more in the scan; its weights need both.
         """
         states = [self.d_state, self.d_state]
-        if is_fused(x) and torch.is_grad_enabled() and are_plain(self.x_proj, self.dt_proj):
+        plain = are_plain(self.x_proj, self.dt_proj) and self.x_proj.bias is None
+        if plain and is_fused(x) and torch.is_grad_enabled():
             # One product with the product of both weights: the narrow one between takes a GPU longer, twice backwards.
             low, rest = self.x_proj.weight.split([self.dt_rank, 2 * self.d_state])
             weight = torch.cat([self.dt_proj.weight @ low, rest.to(x.dtype)])

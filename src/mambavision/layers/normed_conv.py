@@ -25,7 +25,7 @@ def normed_conv(
     scale: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """act(norm(conv(x))) gamma scale + residual, each left out where it is None.
+    """act(norm(conv(x))) gamma scale + residual, each left out where it is None; the norm's statistics follow.
 
     Args:
         conv: a convolution of maps.
@@ -78,9 +78,14 @@ def _in_one_op(
     residual: Tensor | None,
 ) -> Tensor:
     """By the op, whose kernels write each map once; the norm's running statistics follow."""
-    weight, shift = (norm.weight, norm.bias) if gamma is None else (norm.weight * gamma, norm.bias * gamma)
+    weight: Tensor = norm.weight
+    shift: Tensor = norm.bias
+    if gamma is not None:
+        weight, shift = weight * gamma, shift * gamma
+        if residual is not None:  # the product with gamma is as wide as gamma, and so is the sum
+            residual = residual.to(torch.promote_types(torch.promote_types(y.dtype, gamma.dtype), residual.dtype))
     if conv_bias is not None:
-        shift = shift + (conv_bias - conv_bias)  # so that its gradient is zero, and not missing
+        shift = shift + _no_gradient(conv_bias)
     out, mean, variance = batch_norm(
         y, weight, shift, scale=scale, residual=residual, eps=norm.eps, activation=activation
     )
@@ -99,11 +104,15 @@ def _normed_without(bias: Tensor, norm: nn.BatchNorm2d, y: Tensor) -> Tensor:
     # So that behind the norm's own step, (1 - momentum) old + momentum new, the bias counts in the mean. It is a new
     # tensor, since the backward wants it unchanged and the next forward may come first.
     mean = cast("Tensor", norm.running_mean) + bias.detach() * (momentum / (1 - momentum))
-    shift = norm.bias + (bias - bias)  # so that its gradient is zero, and not missing
-    y = F.batch_norm(y, mean, norm.running_var, norm.weight, shift, True, momentum, norm.eps)
+    y = F.batch_norm(y, mean, norm.running_var, norm.weight, norm.bias + _no_gradient(bias), True, momentum, norm.eps)
     cast("Tensor", norm.running_mean).copy_(mean)
     cast("Tensor", norm.num_batches_tracked).add_(1)
     return y
+
+
+def _no_gradient(bias: Tensor) -> Tensor:
+    """Zeros that give the bias a gradient of zeros, where otherwise it would have none."""
+    return bias - bias
 
 
 def _followed(

@@ -15,11 +15,11 @@ def are_plain(*modules: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody looks on when the module is called: hooks of its own or of all modules, or a wrapped forward."""
+    """Whether calling the module does more than its forward: hooks of its own or of all, a wrapped or compiled call."""
     anywhere = _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks
     anywhere = anywhere or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(anywhere or own or "forward" in module.__dict__)
+    return bool(anywhere or own or "forward" in module.__dict__ or module._compiled_call_impl is not None)
 
 
 def is_fused(x: Tensor) -> bool:
@@ -27,4 +27,5 @@ def is_fused(x: Tensor) -> bool:
 
     Without one the host is what training waits for, and an operator that is written in Python takes it longer.
     """
-    return x.is_cuda and torch.compiler.is_compiling()
+    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has none
+    return x.is_cuda and torch.compiler.is_compiling() and not is_exporting()

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.layers.attention import Attention
-from mambavision.layers.drop_path import DropPath
+from mambavision.layers.drop_path import DropPath, takes_factors
 from mambavision.layers.plain import are_plain, has_hooks, is_fused
 from mambavision.ops import add_layer_norm, linear_gelu
 from mambavision.ops.add_layer_norm import scaled_branch
@@ -84,10 +84,18 @@ def run_blocks(blocks: Iterable[TokenBlock], x: Tensor) -> Tensor:
     branch = None
     for block in blocks:
         x, y = _add_and_norm(x, branch, block.norm1)
-        branch = Branch(*_without_bias(block.mixer, y), block.gamma_1, block.drop_path.factors(x))
+        branch = _branch(block.mixer, y, block.gamma_1, block.drop_path)
         x, y = _add_and_norm(x, branch, block.norm2)
-        branch = Branch(*_without_bias(block.mlp, y), block.gamma_2, block.drop_path.factors(x))
+        branch = _branch(block.mlp, y, block.gamma_2, block.drop_path)
     return x if branch is None else x + scaled_branch(*branch)
+
+
+def _branch(layer: nn.Module, y: Tensor, gamma: Tensor | None, drop_path: nn.Module) -> Branch:
+    """What the layer makes of y, with what is still to be done."""
+    values, shift = _without_bias(layer, y)
+    if takes_factors(drop_path):
+        return Branch(values, shift, gamma, cast("DropPath", drop_path).factors(values))
+    return Branch(drop_path(scaled_branch(values, shift, gamma, None)), None, None, None)
 
 
 def _without_bias(layer: nn.Module, y: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def normal_integral(v):
-    """The normal distribution's integral up to v, float32; v times it is within 6e-5 of GELU."""
+    """The normal distribution's integral up to v, float32, 0 below -4.4; v times it is within 6e-5 of GELU."""
     # 1/2 + c P(c^2) with c = v cut to -4.4..4.4.
     c = tl.minimum(tl.maximum(v, -4.4), 4.4)
     q = c * c
@@ -18,14 +18,14 @@ def normal_integral(v):
     p = p * q + 9.6430303940e-03
     p = p * q - 6.6076433981e-02
     p = p * q + 0.39876161186
-    return 0.5 + c * p
+    return tl.where(v < -4.4, 0.0, 0.5 + c * p)
 
 
 @triton.jit
 def activated(v, ACTIVATION: tl.constexpr):
     """v, float32, behind its activation."""
     if ACTIVATION == "relu":
-        v = tl.maximum(v, 0.0)
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         v = v * normal_integral(v)
     elif ACTIVATION == "gelu_tanh":

@@ -84,8 +84,8 @@ def add_layer_norm_backward(
     programs = triton.cdiv(rows, block * steps)
     parts = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
     launcher(add_layer_norm_backward_kernel)[(programs,)](
-        _dense(grad_total), grad_y.contiguous(), total, _dense(branch), _dense(gamma), scale, weight.contiguous(),
-        mean, rate, grad_x, grad_branch, parts,
+        _dense(grad_total), grad_y.contiguous(), total, _dense(branch), _dense(gamma), _dense(scale),
+        weight.contiguous(), mean, rate, grad_x, grad_branch, parts,
         rows, rows // total.shape[0], channels // settings["UNIT"], steps,
         STAGES=STAGES[total.element_size()], **settings,
     )  # fmt: skip
@@ -112,8 +112,9 @@ def _forward(
     if rows:
         block, settings = _settings(x, branch is not None, shift is not None, gamma, scale)
         launcher(add_layer_norm_kernel)[(triton.cdiv(rows, block),)](
-            x.contiguous(), _dense(branch), _dense(shift), _dense(gamma), scale, weight.contiguous(), bias.contiguous(),
-            total, out, mean, rate, rows, rows // x.shape[0], channels // settings["UNIT"], eps, **settings,
+            x.contiguous(), _dense(branch), _dense(shift), _dense(gamma), _dense(scale), weight.contiguous(),
+            bias.contiguous(), total, out, mean, rate,
+            rows, rows // x.shape[0], channels // settings["UNIT"], eps, **settings,
         )  # fmt: skip
     return out, mean, rate
 

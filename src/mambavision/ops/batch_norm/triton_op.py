@@ -35,7 +35,8 @@ class Plan(NamedTuple):
 
 def plan(batch: int, channels: int, pixels: int) -> Plan:
     """Of a map of so many pictures, channels, and pixels a picture."""
-    fold = gcd(pixels, BLOCK_N // gcd(channels, BLOCK_N))
+    # A symbol stays one: a network of many picture sizes would be compiled for each.
+    fold = 1 if isinstance(pixels, torch.SymInt) else gcd(pixels, BLOCK_N // gcd(channels, BLOCK_N))
     columns = fold * channels
     rows = batch * pixels // fold
     tiles = triton.cdiv(columns, BLOCK_N)
@@ -49,7 +50,7 @@ def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, channels-last, and float32 mean and biased variance."""
-    x = _channels_last(x)
+    x, weight, bias, scale = _channels_last(x), weight.contiguous(), bias.contiguous(), _dense(scale)
     batch, channels, height, width = x.shape
     how = plan(batch, channels, height * width)
     partial, mean, variance = _sums(how, x.device)
@@ -85,6 +86,7 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, channels-last, and of weight and bias, float32."""
     x, grad_y = _channels_last(x), _channels_last(grad_y)
+    weight, bias, scale = weight.contiguous(), bias.contiguous(), _dense(scale)
     batch, channels, height, width = x.shape
     how = plan(batch, channels, height * width)
     partial, grad_weight, grad_bias = _sums(how, x.device)
@@ -117,6 +119,10 @@ def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for a map like x, channels-last; so made that a compiler does not fill it."""
     batch, channels, height, width = x.shape
     return torch.empty((batch, height, width, channels), dtype=dtype, device=x.device).permute(0, 3, 1, 2)
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def gelu_backward_kernel(
     # The normal distribution's integral and v times its density.
     if before.dtype.element_ty == tl.float32:
         integral = 0.5 + 0.5 * tl.erf(0.7071067811865476 * v)
-    else:  # to 16 bits it is the same, for half the instructions
+    else:  # nearer than 16 bits tell of all but small results, for half the instructions
         integral = normal_integral(v)
     new *= integral + v * (0.3989422804014327 * tl.exp2(-0.7213475204444817 * v * v))
     tl.store(grad_before + at, new.to(grad_before.dtype.element_ty), mask=there)
