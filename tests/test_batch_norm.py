@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from mambavision.layers import normed_conv as layer
+from mambavision.layers import stem
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.stem import Stem
 from mambavision.ops.backend import Backend
@@ -151,7 +152,8 @@ def kernels_taken(monkeypatch):
     accepting = (Backend("triton", counted, "", lambda _: None),)
     monkeypatch.setattr("mambavision.ops.batch_norm.BACKENDS", accepting)
     monkeypatch.setattr(layer, "refuse_batch_norm_kernels", lambda _: None)
-    monkeypatch.setattr(layer, "is_fused", lambda _: True)
+    for module in (layer, stem):
+        monkeypatch.setattr(module, "is_fused", lambda _: True)
     return taken
 
 

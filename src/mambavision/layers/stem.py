@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.layers.normed_conv import normed_conv
-from mambavision.layers.plain import has_hooks
+from mambavision.layers.plain import has_hooks, is_fused
 
 CHANNEL_UNIT = 8
 
@@ -43,7 +43,7 @@ class Stem(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, in_chans, H, W) -> (batch, dim, H / strides, W / strides)
-        if not self.training or has_hooks(self.conv_down):
+        if not is_fused(x) or has_hooks(self.conv_down):
             return self.conv_down(x)
         conv1, norm1, act1, conv2, norm2, act2 = cast("Any", self.conv_down)
         return normed_conv(conv2, norm2, normed_conv(conv1, norm1, x, act=act1), act=act2)

@@ -55,6 +55,11 @@ def is_precompiling() -> bool:
     return _precompiling.pending is not None
 
 
+def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """A kernel's argument without gaps, or None, which kernels do not read."""
+    return None if tensor is None else tensor.contiguous()
+
+
 class _OnItsDevice:
     """A kernel that runs on the GPU where its tensors are; Triton would take the current one."""
 

@@ -17,7 +17,7 @@ from torch.library import triton_op
 
 from mambavision.ops.add_layer_norm.kernels import add_layer_norm_backward_kernel, add_layer_norm_kernel
 from mambavision.ops.column_sums import column_sums
-from mambavision.ops.launch import launcher
+from mambavision.ops.launch import dense, launcher
 from mambavision.ops.tiles import common_unit
 
 BLOCK_BYTES = 4096  # of the stream that a program has at once: the backward has room for its sums beside them
@@ -84,7 +84,7 @@ def add_layer_norm_backward(
     programs = triton.cdiv(rows, block * steps)
     parts = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
     launcher(add_layer_norm_backward_kernel)[(programs,)](
-        _dense(grad_total), grad_y.contiguous(), total, _dense(branch), _dense(gamma), _dense(scale),
+        dense(grad_total), grad_y.contiguous(), total, dense(branch), dense(gamma), dense(scale),
         weight.contiguous(), mean, rate, grad_x, grad_branch, parts,
         rows, rows // total.shape[0], channels // settings["UNIT"], steps,
         STAGES=STAGES[total.element_size()], **settings,
@@ -112,7 +112,7 @@ def _forward(
     if rows:
         block, settings = _settings(x, branch is not None, shift is not None, gamma, scale)
         launcher(add_layer_norm_kernel)[(triton.cdiv(rows, block),)](
-            x.contiguous(), _dense(branch), _dense(shift), _dense(gamma), _dense(scale), weight.contiguous(),
+            x.contiguous(), dense(branch), dense(shift), dense(gamma), dense(scale), weight.contiguous(),
             bias.contiguous(), total, out, mean, rate,
             rows, rows // x.shape[0], channels // settings["UNIT"], eps, **settings,
         )  # fmt: skip
@@ -136,10 +136,6 @@ def _settings(
         "HAS_SCALE": scale is not None,
         "num_warps": max(4, columns // 512),
     }
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _setup_norm(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Tensor]) -> None:

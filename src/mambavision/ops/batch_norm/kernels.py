@@ -20,6 +20,20 @@ def _tile(COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _scales(scale, row, rows, picture_rows, HAS_SCALE: tl.constexpr):
+    """What the rows are multiplied with, float32."""
+    if HAS_SCALE:
+        return tl.load(scale + row // picture_rows, mask=row < rows, other=0.0).to(tl.float32)
+    return tl.full(row.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def _part(partial, part, channel, CHANNELS: tl.constexpr, FOLD: tl.constexpr):
+    """Where the first number of a channel is in (groups, 2, FOLD, channels), of parts counted over groups and FOLD."""
+    return partial + (part // FOLD * 2 * FOLD + part % FOLD)[:, None] * CHANNELS + channel[None, :]
+
+
+@triton.jit
 def statistics_kernel(
     x,  # (rows, COLUMNS)
     partial,  # (groups, 2, COLUMNS): mean and sum of squared deviations of a group's rows, float32
@@ -75,7 +89,7 @@ def merge_statistics_kernel(
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
         count = tl.minimum(rows - part // FOLD * group_rows, group_rows) * 1.0
-        at = partial + (part // FOLD * 2 * FOLD + part % FOLD)[:, None] * CHANNELS + channel[None, :]
+        at = _part(partial, part, channel, CHANNELS, FOLD)
         total += tl.load(at, mask=(part < parts)[:, None] & real[None, :], other=0.0) * count[:, None]
     values = rows * (1.0 * FOLD)
     average = tl.sum(total, 0) / values
@@ -83,7 +97,7 @@ def merge_statistics_kernel(
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
         count = tl.minimum(rows - part // FOLD * group_rows, group_rows) * 1.0
-        at = partial + (part // FOLD * 2 * FOLD + part % FOLD)[:, None] * CHANNELS + channel[None, :]
+        at = _part(partial, part, channel, CHANNELS, FOLD)
         there = (part < parts)[:, None] & real[None, :]
         away = tl.load(at, mask=there, other=0.0) - average[None, :]
         squares = tl.load(at + FOLD * CHANNELS, mask=there, other=0.0)
@@ -125,7 +139,7 @@ def apply_kernel(
     v = (v - tl.load(mean + channel)[None, :]) * factor[None, :] + tl.load(bias + channel).to(tl.float32)[None, :]
     v = activated(v, ACTIVATION)
     if HAS_SCALE:
-        v *= tl.load(scale + row // picture_rows, mask=row < rows, other=0.0).to(tl.float32)[:, None]
+        v *= _scales(scale, row, rows, picture_rows, HAS_SCALE)[:, None]
     if HAS_RESIDUAL:
         v += tl.load(residual + at, mask=there, other=0.0).to(tl.float32)
     tl.store(out + at, v.to(out.dtype.element_ty), mask=there)
@@ -133,7 +147,7 @@ def apply_kernel(
 
 @triton.jit
 def _before(x, grad_y, at, there, centre, factor, shift, scales, ACTIVATION: tl.constexpr):
-    """X - mean, and the gradient of what the activation takes."""
+    """What x is above the mean, and the gradient of what the activation takes."""
     v = tl.load(x + at, mask=there, other=0.0).to(tl.float32) - centre[None, :]
     grad = tl.load(grad_y + at, mask=there, other=0.0).to(tl.float32) * scales[:, None]
     return v, grad * slope(v * factor[None, :] + shift[None, :], ACTIVATION)
@@ -173,9 +187,7 @@ def sums_kernel(
     for step in tl.range(steps, num_stages=STAGES):
         row = (group * steps + step) * BLOCK_M + tl.arange(0, BLOCK_M)
         there = (row < rows)[:, None] & real[None, :]
-        scales = tl.full([BLOCK_M], 1.0, tl.float32)
-        if HAS_SCALE:
-            scales = tl.load(scale + row // picture_rows, mask=row < rows, other=0.0).to(tl.float32)
+        scales = _scales(scale, row, rows, picture_rows, HAS_SCALE)
         at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
         v, grad = _before(x, grad_y, at, there, centre, factor, shift, scales, ACTIVATION)
         total += grad
@@ -206,7 +218,7 @@ def merge_sums_kernel(
     product = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for start in range(0, parts, BLOCK_P):
         part = start + tl.arange(0, BLOCK_P)
-        at = partial + (part // FOLD * 2 * FOLD + part % FOLD)[:, None] * CHANNELS + channel[None, :]
+        at = _part(partial, part, channel, CHANNELS, FOLD)
         there = (part < parts)[:, None] & real[None, :]
         total += tl.load(at, mask=there, other=0.0)
         product += tl.load(at + FOLD * CHANNELS, mask=there, other=0.0)
@@ -248,9 +260,7 @@ def gradient_kernel(
     by_variance = tl.load(grad_weight + channel) * rate / values
     row = group * BLOCK_M + tl.arange(0, BLOCK_M)
     there = (row < rows)[:, None] & real[None, :]
-    scales = tl.full([BLOCK_M], 1.0, tl.float32)
-    if HAS_SCALE:
-        scales = tl.load(scale + row // picture_rows, mask=row < rows, other=0.0).to(tl.float32)
+    scales = _scales(scale, row, rows, picture_rows, HAS_SCALE)
     at = row.to(tl.int64)[:, None] * COLUMNS + column[None, :]
     shift = tl.load(bias + channel).to(tl.float32)
     v, grad = _before(x, grad_y, at, there, tl.load(mean + channel), factor, shift, scales, ACTIVATION)

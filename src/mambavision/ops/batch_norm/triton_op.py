@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from mambavision.ops.batch_norm import kernels
-from mambavision.ops.launch import launcher
+from mambavision.ops.launch import dense, launcher
 
 BLOCK_M, BLOCK_N = 32, 128
 SUM_M, STAGES = 16, 4  # of the kernels that sum: rows a step, steps whose loads are under way
@@ -50,7 +50,7 @@ def batch_norm(
     x: Tensor, weight: Tensor, bias: Tensor, scale: Tensor | None, residual: Tensor | None, eps: float, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, channels-last, and float32 mean and biased variance."""
-    x, weight, bias, scale = _channels_last(x), weight.contiguous(), bias.contiguous(), _dense(scale)
+    x, weight, bias, scale = _channels_last(x), weight.contiguous(), bias.contiguous(), dense(scale)
     batch, channels, height, width = x.shape
     how = plan(batch, channels, height * width)
     partial, mean, variance = _sums(how, x.device)
@@ -86,7 +86,7 @@ def batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, channels-last, and of weight and bias, float32."""
     x, grad_y = _channels_last(x), _channels_last(grad_y)
-    weight, bias, scale = weight.contiguous(), bias.contiguous(), _dense(scale)
+    weight, bias, scale = weight.contiguous(), bias.contiguous(), dense(scale)
     batch, channels, height, width = x.shape
     how = plan(batch, channels, height * width)
     partial, grad_weight, grad_bias = _sums(how, x.device)
@@ -119,10 +119,6 @@ def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for a map like x, channels-last; so made that a compiler does not fill it."""
     batch, channels, height, width = x.shape
     return torch.empty((batch, height, width, channels), dtype=dtype, device=x.device).permute(0, 3, 1, 2)
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

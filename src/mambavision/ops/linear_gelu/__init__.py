@@ -1,4 +1,4 @@
-"""Linear layer with the exact GELU behind it, as one op with a gradient; the first half of an MLP."""
+"""Linear layer with the GELU behind it, as one op with a gradient; the first half of an MLP."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def _refuse_triton(situation: Situation) -> str | None:
 
 
 BACKENDS = (
-    Backend("triton", _triton, "a GPU kernel for the backward of GELU and bias", _refuse_triton),
+    Backend("triton", _triton, "GPU kernels of GELU, and of its backward with the bias", _refuse_triton),
     Backend("reference", linear_gelu_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
 )
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
-    """GELU(x weight^T + bias).
+    """GELU(x weight^T + bias), by erf; of the kernels within 6e-5 of that in 16 bits.
 
     Args:
         x: (..., inner); under autocast the product has autocast's type.
