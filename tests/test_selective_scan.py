@@ -189,6 +189,21 @@ def test_compiles_without_graph_breaks():
     torch.testing.assert_close(grads, torch.autograd.grad(expected, list(inputs.values()), grad_y))
 
 
+def test_the_compiler_is_told_from_export():
+    """Dynamo before PyTorch 2.12 says of every compilation that it exports."""
+    inputs = random_inputs(2, 10, 4, 4)
+    graphs = []
+    torch.compile(selective_scan, backend=lambda graph, _: graphs.append(graph) or graph)(**inputs)
+    exported = torch.export.export(Scan(), (), inputs, strict=False)
+    assert "chunked_scan" in graphs[0].code
+    assert "chunked_scan" not in exported.graph_module.code
+
+
+class Scan(torch.nn.Module):
+    def forward(self, **inputs):
+        return selective_scan(**inputs)
+
+
 def test_registered_ops_obey_the_rules_of_custom_ops():
     from mambavision.ops.selective_scan.chunked import _opaque_backward, _opaque_scan
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
+from mambavision.ops.tracing import is_exporting
+
 _KINDS = (nn.Linear, nn.GELU, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.LayerNorm)
 
 
@@ -27,5 +29,4 @@ def is_fused(x: Tensor) -> bool:
 
     Without one the host is what training waits for, and an operator that is written in Python takes it longer.
     """
-    is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.6 has none
     return x.is_cuda and torch.compiler.is_compiling() and not is_exporting()

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mambavision.ops.precision import at_least_float32
+from mambavision.ops.tracing import is_exporting
 
 _LOG2_E = math.log2(math.e)
 _FEW = 6  # tokens that are walked one by one sooner than in pairs
@@ -151,9 +152,7 @@ def _pairs(tensor: Tensor) -> tuple[Tensor, ...]:
 
 
 def _is_compiled_for_cpu(x: Tensor) -> bool:
-    # torch 2.6 cannot tell a strict export from a compilation; export with strict=False there.
-    exporting = hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
-    return x.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not exporting
+    return x.device.type == "cpu" and torch.compiler.is_dynamo_compiling() and not is_exporting()
 
 
 @torch.library.custom_op("mambavision::chunked_scan", mutates_args=())
