@@ -211,6 +211,21 @@ def test_a_mixer_calls_its_projection_of_steps_where_that_is_more_than_a_product
     torch.testing.assert_close(adapted, mixer(x))
 
 
+@pytest.mark.gpu
+def test_a_mixer_convolves_both_halves_in_one_pass():
+    mixer = normal(MambaVisionMixer(48)).cuda()
+    x, grad = torch.randn(2, 3, 21, 48, device="cuda")
+    results = []
+    for apart in (False, True):
+        seen = []
+        if apart:  # somebody looks on, so the modules are called one by one
+            mixer.conv1d_z.register_forward_hook(lambda *arguments, seen=seen: seen.append(arguments[-1]))
+        y = mixer(x.requires_grad_())
+        results.append([y, *torch.autograd.grad(y, [x, *mixer.parameters()], grad)])
+        assert len(seen) == apart
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("kind", ["conv", "token"])
 def test_stochastic_depth_of_the_users_own_is_called(kind):
     block = normal(ConvBlock(6, drop_path=0.5) if kind == "conv" else TokenBlock(6, nn.Linear(6, 6), drop_path=0.5))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.config import StepBiasInit
-from mambavision.layers.plain import are_plain, is_fused
+from mambavision.layers.plain import are_plain, has_hooks, is_fused
 from mambavision.ops import selective_scan, token_conv
 from mambavision.ops.precision import at_least_float32
 
@@ -68,12 +68,21 @@ class MambaVisionMixer(nn.Module):
                 self.dt_proj.bias.copy_(bias / 2)  # `forward` adds it twice
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
-        x, z = self.in_proj(x).chunk(2, dim=-1)  # (windows, length, half) each
-        x, z = self.conv1d_x(x), self.conv1d_z(z)  # SiLU included
+        x, z = self._convolved(self.in_proj(x))  # (windows, length, half) each
         dt, dt_bias, B, C = self._parameters_of_the_scan(x)
         A = -torch.exp(self.A_log.to(at_least_float32(self.A_log.dtype)))
         y = selective_scan(x, dt, A, B, C, self.D, dt_bias, backend=self.scan_backend)
         return self.out_proj(torch.cat([y, z], dim=-1))
+
+    def _convolved(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """SiLU(conv(x)) and SiLU(conv(z)) of (windows, length, dim)."""
+        convs = (self.conv1d_x, self.conv1d_z)
+        if both.is_cuda and all(type(conv) is TokenConv and not has_hooks(conv) for conv in convs):
+            # A GPU makes one pass over both halves, here and for their gradients.
+            x, z = token_conv(both, torch.cat([conv.weight for conv in convs]).squeeze(1)).chunk(2, dim=-1)
+            return x, z
+        x, z = both.chunk(2, dim=-1)
+        return self.conv1d_x(x), self.conv1d_z(z)
 
     def _parameters_of_the_scan(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Steps of all channels, (windows, length, half), before the softplus, the bias still to add, and B and C.
