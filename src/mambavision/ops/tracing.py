@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
+if torch.__version__ >= "2.12":  # compared as versions
+    from torch.compiler import is_exporting
+else:
 
-def _is_exporting() -> bool:
-    return hasattr(torch.compiler, "is_exporting") and torch.compiler.is_exporting()
+    def is_exporting() -> bool:
+        """Whether torch.export runs the code, and not torch.compile or nobody.
+
+        Dynamo takes PyTorch's own function to be true in every compilation, but not what it reads. A strict export
+        cannot be told from a compilation before PyTorch 2.8, nor any export before 2.7.
+        """
+        return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-# Whether torch.export runs the code, and not torch.compile or nobody. Dynamo calls it while it traces: before PyTorch
-# 2.12 it takes PyTorch's own function to be true in every compilation. PyTorch cannot tell a strict export from a
-# compilation before 2.8, nor any export before 2.7.
-is_exporting: Callable[[], bool] = torch.compiler.assume_constant_result(_is_exporting)  # type: ignore[no-untyped-call]
+__all__ = ["is_exporting"]
