@@ -175,6 +175,16 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("seconds_to_open", "to open / s", ".1f"),
         Column("milliseconds", "ms"),
     ),
+    "onnx_gpu": (
+        Column("model", "model"),
+        Column("dtype", "type"),
+        Column("error", "error", ".1e"),
+        Column("top1", "top-1 %", ".2f"),
+        Column("onnxruntime_1", "onnxruntime, one picture / ms", ".2f"),
+        Column("pytorch_1", "PyTorch", ".2f"),
+        Column("onnxruntime_128", "onnxruntime, 128 / ms", ".1f"),
+        Column("pytorch_128", "PyTorch", ".1f"),
+    ),
     "huggingface_trainer": (
         Column("model", "model"),
         Column("pictures", "training pictures", ","),

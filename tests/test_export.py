@@ -154,7 +154,10 @@ def test_every_format_has_its_functions():
             "--calibration works only with onnx and openvino and executorch, not with aoti.",
         ),
         (["--batch-size", "4"], "--batch-size works only with executorch, not with onnx."),
-        (["--device", "cuda"], "--device is for aoti alone; onnx files are for no device in particular."),
+        (
+            ["--format", "openvino", "--device", "cuda"],
+            "--device works only with aoti and onnx, and openvino was asked for.",
+        ),
         (["--format", "openvino", "--output", "t.bin"], "The file for openvino must end in .xml, got t.bin."),
     ],
 )

@@ -230,6 +230,44 @@ def test_a_missing_package_is_one_sentence(missing, monkeypatch, tmp_path, capsy
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_gpu_that_onnxruntime_cannot_use_is_one_sentence(monkeypatch, tmp_path, capsys):
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    output = tmp_path / "nano.onnx"
+    arguments = ["export", "mamba_vision_nano_32", "--output", str(output), "--device"]
+    assert main([*arguments, "cuda"]) == 2
+    sentence = "This onnxruntime was built without CUDA: pip uninstall onnxruntime, then pip install onnxruntime-gpu."
+    assert capsys.readouterr().err == f"mambavision: {sentence}\n"
+    assert main([*arguments, "mps"]) == 2
+    assert capsys.readouterr().err == "mambavision: onnxruntime opens files here on cpu or cuda, not on 'mps'.\n"
+    assert not output.exists()
+
+
+def test_a_gpu_that_does_not_start_is_told_from_one_that_does(nano_onnx, monkeypatch):
+    """Without its libraries onnxruntime falls back to the CPU, and says so in its log alone."""
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setitem(export.PROVIDERS, "cuda", "CPUExecutionProvider")
+    with pytest.raises(ExportError, match="could not start on the GPU"):
+        export.open_file(nano_onnx[1].path, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_the_file_computes_the_same_on_a_gpu(dtype, tmp_path):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("onnxruntime was built without CUDA")
+    model = create_model("mamba_vision_nano_32", pretrained=True)
+    report = export.export_onnx(model, tmp_path / "nano.onnx", dtype=dtype, device="cuda")
+    assert report.runtime == "onnxruntime on cuda"
+    assert report.error < {"float32": 1e-5, "float16": 1e-2}[dtype]
+    assert report.agreement == 1
+
+
 @pytest.mark.slow
 def test_t_is_small_and_loads_quickly(tmp_path):
     report = export.export_onnx(create_model("mamba_vision_T"), tmp_path / "t.onnx")

@@ -45,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="pictures to calibrate int8 on, in any subfolders; 256 are taken (default: the sample photographs)",
     )
     parser.add_argument("--batch-size", type=positive, metavar="N", help="executorch: pictures a call (default: 1)")
-    parser.add_argument("--device", help="aoti: what the file is compiled for, cpu (default), cuda, ...")
+    parser.add_argument(
+        "--device", help="aoti: what the file is compiled for, cpu (default), cuda, ...; onnx: where it is compared"
+    )
     return parser
 
 
@@ -58,9 +60,11 @@ def main(argv: Sequence[str]) -> int:
     output = options.output or Path(default_name(options.model, options.format, options.dtype))
     if output.is_dir():
         raise UsageError(f"--output must be a file, and {output} is a folder.")
-    if options.device is not None and options.format != "aoti":
-        raise UsageError(f"--device is for aoti alone; {options.format} files are for no device in particular.")
+    if options.device is not None and options.format not in ("aoti", "onnx"):
+        raise UsageError(f"--device works only with aoti and onnx, and {options.format} was asked for.")
     settings = {}
+    if options.format == "onnx":  # the network itself stays on the CPU, which is what the file is compared with
+        settings["device"] = options.device or "cpu"
     for name in ("calibration", "batch_size", "resize"):
         value = getattr(options, name) or None
         if value is not None and name not in chosen.settings:
@@ -84,7 +88,7 @@ def main(argv: Sequence[str]) -> int:
             checkpoint_path=options.checkpoint,
             features_only=options.features,
             img_size=options.img_size,
-            device=find_device(options.device or "cpu"),
+            device=find_device((options.format == "aoti" and options.device) or "cpu"),
         )
         report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
     except DifferenceError as error:

@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,12 @@ OLDEST_TORCH = "2.7"  # exporters before cannot decompose a linear layer behind 
 MAX_BYTES_INSIDE = 2**31 - 2**26
 # What is quantised: the operations with weights and the products of attention. The scan stays float32.
 QUANTIZED_OPERATORS = ["Conv", "Gemm", "MatMul"]
+# Where a file is opened, by what onnxruntime calls it. TensorFloat-32 is off there, so that a difference to PyTorch is
+# the file's.
+PROVIDERS: dict[str, Any] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": ("CUDAExecutionProvider", {"use_tf32": "0"}),
+}
 _RESIZED = "resized"  # pictures between resizing and the network
 
 
@@ -50,6 +57,7 @@ def export_onnx(
     uint8: bool = False,
     resize: bool = False,
     calibration: Calibration | None = None,
+    device: str = "cpu",
 ) -> Report:
     """Write `model` as an ONNX file, reload it in onnxruntime and compare it with PyTorch on photographs.
 
@@ -68,15 +76,16 @@ def export_onnx(
         resize: take pictures as bytes in any size, and resize and crop them in the graph, too.
         calibration: a folder of pictures, or pictures, on which int8 finds the ranges of activations; None takes the
             sample photographs.
+        device: where the file is reloaded, compared and timed, `cpu` or `cuda`; it is the same file for both.
 
     Returns:
         Size, nodes, largest error and time.
 
     Raises:
-        ExportError: onnx, onnxscript or onnxruntime is not installed, or PyTorch is too old.
+        ExportError: onnx, onnxscript or onnxruntime is not installed or has no CUDA, or PyTorch is too old.
         DifferenceError: the reloaded file computes something else; nothing is left behind.
-        ValueError: no such type, another suffix, a network without weights or for other than 1 or 3 channels, or no
-            pictures.
+        ValueError: no such type or device, another suffix, a network without weights or for other than 1 or 3 channels,
+            or no pictures.
     """
     check_request("onnx", dtype, calibration)
     check_model(model)
@@ -85,6 +94,7 @@ def export_onnx(
         import onnx
         import onnxruntime  # noqa: F401  (`open_file` needs it)
         import onnxscript  # noqa: F401  (torch.onnx needs it)
+    check_provider(device)
 
     uint8 = uint8 or resize
     graph = Graph(model, uint8=uint8, dtype=torch.float16 if dtype == "float16" else torch.float32)
@@ -104,23 +114,48 @@ def export_onnx(
     return write_checked(
         model,
         path,
-        runtime="onnxruntime",
+        runtime="onnxruntime" if device == "cpu" else f"onnxruntime on {device}",
         dtype=dtype,
         uint8=uint8,
         decoded=resize,
         write=write,
-        load=open_file,
+        load=partial(open_file, device=device),
         calibration=describe_calibration(calibration, batches) if batches else None,
     )
 
 
-def open_file(path: Path) -> Run:
-    """The file in onnxruntime on the CPU, on as many threads as PyTorch uses."""
+def check_provider(device: str) -> None:
+    """Refuse a device that this onnxruntime cannot use.
+
+    Raises:
+        ValueError: no such device.
+        ExportError: onnxruntime was built without it.
+    """
     import onnxruntime
 
+    if device not in PROVIDERS:
+        raise ValueError(f"onnxruntime opens files here on {' or '.join(PROVIDERS)}, not on {device!r}.")
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise ExportError(
+            "This onnxruntime was built without CUDA: pip uninstall onnxruntime, then pip install onnxruntime-gpu."
+        )
+
+
+def open_file(path: Path, device: str = "cpu") -> Run:
+    """The file in onnxruntime, on a CPU on as many threads as PyTorch uses.
+
+    Raises:
+        ExportError: onnxruntime cannot use the device.
+        ValueError: no such device.
+    """
+    import onnxruntime
+
+    check_provider(device)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=[PROVIDERS[device]])
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        raise ExportError("onnxruntime could not start on the GPU; what it misses is in its own message before this.")
     name = session.get_inputs()[0].name
     return lambda pictures: [torch.from_numpy(found) for found in session.run(None, {name: pictures.numpy()})]
 
