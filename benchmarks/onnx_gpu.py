@@ -1,18 +1,20 @@
-"""ONNX files in onnxruntime on a GPU: error, accuracy and speed, beside PyTorch.
+"""ONNX files in onnxruntime on a GPU: error, accuracy and speed.
 
     python benchmarks/onnx_gpu.py data/cifar10
 
-The folder has val.npz, as get_cifar10.py writes it. The packaged model is judged on it; T has random weights, which
-do not change its speed. Needs onnxruntime-gpu in place of onnxruntime.
+The folder has val.npz, as get_cifar10.py writes it. The packaged model is judged on it; T has random weights, which do
+not change its speed. Files are written side by side, each in a process of its own, and timed one after the other. Needs
+onnxruntime-gpu in place of onnxruntime.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +24,39 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from apart import json_of
 from mambavision import create_model
+from mambavision.export.check import Run
 from mambavision.export.graph import normalization
 from mambavision.export.onnx import export_onnx, open_file
 from mambavision.export.pictures import in_batches
 from results_file import write_results
 
-MODELS = {"mamba_vision_nano_32": True, "mamba_vision_T": False}  # by name, whether weights are packaged
-DTYPES = ("float32", "float16")
+PACKAGED = "mamba_vision_nano_32"
+FILES = [(name, dtype) for name in (PACKAGED, "mamba_vision_T") for dtype in ("float32", "float16")]
 BATCHES = (1, 128)
 CALLS = 30
 
 
-def milliseconds(run: Callable[[Tensor], Any], pictures: Tensor) -> float:
+def written(name: str, dtype: str, path: Path) -> dict[str, Any]:
+    """The file's row as far as its export tells it."""
+    torch.manual_seed(0)
+    model = create_model(name, pretrained=name == PACKAGED).eval()
+    report = export_onnx(model, path, dtype=dtype, device="cuda")
+    return {"model": f"`{name}`", "dtype": dtype, "error": report.error}
+
+
+def top1(run: Run, file: Path) -> float:
+    """Accuracy of the packaged model in percent."""
+    with np.load(file) as content:
+        images, labels = content["images"], torch.from_numpy(content["labels"].astype(np.int64))
+    normalize = normalization(create_model(PACKAGED))
+    pictures = normalize(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() / 255)
+    found = torch.cat([run(batch)[0].argmax(1) for batch in in_batches(pictures, BATCHES[-1])])[: len(labels)]
+    return round(100 * (found == labels).float().mean().item(), 2)
+
+
+def milliseconds(run: Run, pictures: Tensor) -> float:
     """Median of a call, from pictures in the host's memory to logits there."""
     times = []
     for number in range(CALLS + 5):
@@ -45,48 +67,26 @@ def milliseconds(run: Callable[[Tensor], Any], pictures: Tensor) -> float:
     return round(statistics.median(times), 2)
 
 
-def in_pytorch(model: torch.nn.Module, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The same call in eager PyTorch."""
-    model = model.to(dtype)
-
-    @torch.inference_mode()
-    def run(pictures: Tensor) -> Tensor:
-        return model(pictures.cuda().to(dtype)).float().cpu()
-
-    return run
-
-
-def top1(run: Callable[[Tensor], Any], model: Any, file: Path) -> float:
-    """Accuracy in percent."""
-    with np.load(file) as content:
-        images, labels = content["images"], torch.from_numpy(content["labels"].astype(np.int64))
-    pictures = normalization(model)(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous() / 255)
-    found = torch.cat([run(batch)[0].argmax(1) for batch in in_batches(pictures, BATCHES[-1])])[: len(labels)]
-    return round(100 * (found == labels).float().mean().item(), 2)
-
-
 def main() -> None:
-    """Export, measure and write."""
+    """Export, measure and write; or, asked by itself, export one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with val.npz")
-    data = parser.parse_args().data
-    torch.manual_seed(0)
-    torch.backends.cudnn.allow_tf32 = False  # as onnxruntime here
-    rows: list[dict[str, Any]] = []
-    for name, packaged in MODELS.items():
-        for dtype in DTYPES:
-            model = create_model(name, pretrained=packaged).eval()
-            with tempfile.TemporaryDirectory() as folder:
-                report = export_onnx(model, Path(folder) / f"{name}.onnx", dtype=dtype, device="cuda")
-                run = open_file(report.path, "cuda")
-            row: dict[str, Any] = {"model": f"`{name}`", "dtype": dtype, "error": report.error}
-            row["top1"] = top1(run, model, data / "val.npz") if packaged else None
-            torch_run = in_pytorch(model.cuda(), getattr(torch, dtype))
+    parser.add_argument("--only", nargs=3, metavar=("MODEL", "TYPE", "FILE"), help="what the script asks itself for")
+    arguments = parser.parse_args()
+    if arguments.only:
+        name, dtype, path = arguments.only
+        print(json.dumps(written(name, dtype, Path(path))))
+        return
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        paths = [Path(folder) / f"{name}.{dtype}.onnx" for name, dtype in FILES]
+        asked = [["--only", *file, path] for file, path in zip(FILES, paths, strict=True)]
+        rows = list(pool.map(lambda only: json_of(__file__, arguments.data, *only), asked))
+        for (name, _), path, row in zip(FILES, paths, rows, strict=True):
+            run = open_file(path, "cuda")
+            row["top1"] = top1(run, arguments.data / "val.npz") if name == PACKAGED else None
+            side = create_model(name, device="meta").config.preprocessing.img_size
             for batch in BATCHES:
-                pictures = torch.randn(batch, 3, *model.config.preprocessing.img_size)
-                row[f"onnxruntime_{batch}"] = milliseconds(run, pictures)
-                row[f"pytorch_{batch}"] = milliseconds(torch_run, pictures)
-            rows.append(row)
+                row[f"milliseconds_{batch}"] = milliseconds(run, torch.randn(batch, 3, *side))
             print(row, flush=True)
 
     table = Table(*rows[0])
@@ -97,8 +97,8 @@ def main() -> None:
         "onnx_gpu",
         rows,
         note=f"A call takes pictures from the host's memory and brings logits back; median of {CALLS}. TensorFloat-32 "
-        "is off. T has random weights. PyTorch is eager. Error: largest difference to PyTorch on the CPU on the sample "
-        "photographs, relative to the largest logit.",
+        "is off. T has random weights. Error: largest difference to PyTorch on the CPU on the sample photographs, "
+        "relative to the largest logit.",
     )
 
 

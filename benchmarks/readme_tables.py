@@ -180,10 +180,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("dtype", "type"),
         Column("error", "error", ".1e"),
         Column("top1", "top-1 %", ".2f"),
-        Column("onnxruntime_1", "onnxruntime, one picture / ms", ".2f"),
-        Column("pytorch_1", "PyTorch", ".2f"),
-        Column("onnxruntime_128", "onnxruntime, 128 / ms", ".1f"),
-        Column("pytorch_128", "PyTorch", ".1f"),
+        Column("milliseconds_1", "one picture / ms", ".2f"),
+        Column("milliseconds_128", "128 / ms", ".1f"),
     ),
     "huggingface_trainer": (
         Column("model", "model"),

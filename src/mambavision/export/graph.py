@@ -104,11 +104,14 @@ def dynamic_dimensions(*, uint8: bool) -> tuple[dict[int, Any]]:
 
 def trace_program(graph: Graph) -> torch.export.ExportedProgram:
     """The graph with batch, height and width dynamic, as `torch.export` writes it down."""
+    return trace_module(graph, example_input(graph), dynamic_dimensions(uint8=graph.uint8))
+
+
+def trace_module(module: nn.Module, example: Tensor, dynamic: tuple[dict[int, Any]]) -> torch.export.ExportedProgram:
+    """The module as `torch.export` writes it down, for inputs like the example but of any size in `dynamic`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
-        program = torch.export.export(
-            graph, (example_input(graph),), dynamic_shapes=dynamic_dimensions(uint8=graph.uint8), strict=False
-        )
+        program = torch.export.export(module, (example,), dynamic_shapes=dynamic, strict=False)
     # Tracing notes how the example's sizes compare: that something was padded, that no map is a single pixel, which way
     # one lies in memory. The traced operations are right either way, and the file would refuse pictures that windows
     # divide, and small ones.

@@ -18,17 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambavision.export.check import ExportError, Report, Run, check_model, packages, write_checked
 from mambavision.export.formats import as_path, check_request
 from mambavision.export.graph import (
     Graph,
     dynamic_dimensions,
-    example_input,
     input_name,
     metadata,
     output_names,
+    trace_module,
+    trace_program,
 )
 from mambavision.export.pictures import Calibration, calibration_batches, describe_calibration
 from mambavision.export.resize import ResizeAndCrop
@@ -172,7 +173,7 @@ def trace_onnx(model: MambaVisionBackbone, graph: Graph) -> Any:
             f"pip install --upgrade torch torchvision."
         )
     name = input_name(uint8=graph.uint8)
-    proto = _traced(graph, example_input(graph), dynamic_dimensions(uint8=graph.uint8), name, output_names(model))
+    proto = _translated(trace_program(graph), name, output_names(model))
     _name_dimensions(proto, height=1 if graph.uint8 else 2)
     return proto
 
@@ -181,7 +182,8 @@ def trace_resize(model: MambaVisionBackbone) -> Any:
     """`ResizeAndCrop` for the model as a protobuf."""
     pictures = torch.zeros(2, 70, 90, model.config.in_chans, dtype=torch.uint8)
     module = ResizeAndCrop(model.config.preprocessing).eval()
-    proto = _traced(module, pictures, dynamic_dimensions(uint8=True), input_name(uint8=True), [_RESIZED])
+    program = trace_module(module, pictures, dynamic_dimensions(uint8=True))
+    proto = _translated(program, input_name(uint8=True), [_RESIZED])
     _name_dimensions(proto, height=1)
     return proto
 
@@ -201,14 +203,13 @@ def put_before(proto: Any, first: Any) -> None:
     proto.graph.input[0].CopyFrom(first.graph.input[0])
 
 
-def _traced(module: nn.Module, example: Tensor, dynamic: tuple[dict[int, Any]], name: str, outputs: list[str]) -> Any:
+def _translated(traced: torch.export.ExportedProgram, name: str, outputs: list[str]) -> Any:
+    """The program as a protobuf. It comes traced: some PyTorch trace for ONNX in a way that knows no slices of maps."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(
-            module,
-            (example,),
+            traced,
             dynamo=True,
-            dynamic_shapes=dynamic,
             input_names=[name],
             output_names=outputs,
             opset_version=OPSET,
