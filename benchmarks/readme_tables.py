@@ -175,14 +175,6 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("seconds_to_open", "to open / s", ".1f"),
         Column("milliseconds", "ms"),
     ),
-    "onnx_gpu": (
-        Column("model", "model"),
-        Column("dtype", "type"),
-        Column("error", "error", ".1e"),
-        Column("top1", "top-1 %", ".2f"),
-        Column("milliseconds_1", "one picture / ms", ".2f"),
-        Column("milliseconds_128", "128 / ms", ".1f"),
-    ),
     "huggingface_trainer": (
         Column("model", "model"),
         Column("pictures", "training pictures", ","),
