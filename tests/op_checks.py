@@ -1,10 +1,18 @@
-"""How kernels with gradients are held to float64."""
+"""Where kernels can be tested, and how those with gradients are held to float64."""
 
+import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter cannot multiply matrices of bfloat16.
 HALVES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16,)
+
+
+def require_triton():
+    """Skip the module, or the test, where kernels run neither on a GPU nor in Triton's interpreter."""
+    pytest.importorskip("triton", "3.3")
+    if DEVICE == "cpu" and torch.__version__ < "2.13":  # compared as versions
+        pytest.skip("PyTorch older than 2.13 launches no interpreted kernels", allow_module_level=True)
 
 
 def random(*shape, dtype=torch.float32, scale=1.0):

@@ -11,9 +11,9 @@ from mambavision.layers import token_block
 from mambavision.layers.token_block import TokenBlock
 from mambavision.ops.add_layer_norm import BACKENDS, add_layer_norm
 from mambavision.ops.backend import Situation
-from op_checks import DEVICE, HALVES, check, gradients, random
+from op_checks import DEVICE, HALVES, check, gradients, random, require_triton
 
-pytest.importorskip("triton", "3.3")
+require_triton()
 
 from mambavision.ops.add_layer_norm import triton_op  # noqa: E402  (Triton is not everywhere)
 

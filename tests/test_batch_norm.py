@@ -12,9 +12,9 @@ from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.stem import Stem
 from mambavision.ops.backend import Backend
 from mambavision.ops.batch_norm import BACKENDS, batch_norm, refuse_batch_norm_kernels
-from op_checks import DEVICE, HALVES, check, error, random
+from op_checks import DEVICE, HALVES, check, error, random, require_triton
 
-pytest.importorskip("triton", "3.3")
+require_triton()
 
 from mambavision.ops.batch_norm import triton_op as batch_norm_op  # noqa: E402  (Triton is not everywhere)
 

@@ -14,6 +14,7 @@ from mambavision.inference.optimization import finished
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
 from mambavision.ops.float8 import scaled_to_float8, to_float8
 from mambavision.ops.tiles import that_fit
+from op_checks import require_triton
 from test_optimize import difference, photographs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,7 +23,7 @@ LAST = torch.channels_last
 
 
 def triton_op(name):
-    pytest.importorskip("triton", "3.3")
+    require_triton()
     return __import__(f"mambavision.ops.{name}.triton_op", fromlist=["triton_op"])
 
 

@@ -11,9 +11,9 @@ from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
-from op_checks import DEVICE, random
+from op_checks import DEVICE, random, require_triton
 
-pytest.importorskip("triton", "3.3")
+require_triton()
 
 from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.layer_norm import triton_op as layer_norm_op  # noqa: E402

@@ -10,8 +10,9 @@ from mambavision.inference import optimize
 from mambavision.ops.conv3x3 import conv3x3
 from mambavision.ops.linear import linear
 from mambavision.ops.selective_scan import selective_scan
+from op_checks import require_triton
 
-pytest.importorskip("triton", "3.3")
+require_triton()
 
 from mambavision.ops import launch  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.linear import triton_op as linear_op  # noqa: E402

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from op_checks import DEVICE, error, gradients
+from op_checks import DEVICE, error, gradients, require_triton
 
-pytest.importorskip("triton", "3.3")
+require_triton()
 
 from mambavision.ops.selective_scan import kernels, triton_op  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.selective_scan.chunked import selective_scan_chunked  # noqa: E402

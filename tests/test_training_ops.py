@@ -9,9 +9,9 @@ from mambavision.ops.linear_gelu import BACKENDS as GELU_BACKENDS
 from mambavision.ops.linear_gelu import linear_gelu
 from mambavision.ops.token_conv import token_conv
 from mambavision.ops.window_attention import BACKENDS, window_attention
-from op_checks import DEVICE, HALVES, check, gradients, random
+from op_checks import DEVICE, HALVES, check, gradients, random, require_triton
 
-pytest.importorskip("triton", "3.3")
+require_triton()
 
 from mambavision.ops.linear_gelu import triton_op as gelu_op  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.token_conv import triton_op as token_conv_op  # noqa: E402
