@@ -19,7 +19,7 @@ ALLOWED = {
     "integrations": {"factory", "layers", "models", "weights"},
     "cli": {"__init__", "engine", "export", "factory", "data.folder", "inference", "measure", "models", "weights"},
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
-    "data": {"inference.images"},
+    "data": {"inference.images", "inference.picture_files"},
     "export": {"inference", "models", "ops"},
     "measure": {"factory", "inference.fuse", "inference.optimization", "layers", "models"},
     "inference": {"factory", "layers", "models", "ops"},

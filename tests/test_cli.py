@@ -15,7 +15,7 @@ import torch
 from mambavision import __version__, create_model
 from mambavision.cli import COMMANDS, main
 from mambavision.config import VARIANTS
-from mambavision.inference.images import SAMPLES, sample_pictures
+from mambavision.inference.picture_files import SAMPLES, sample_pictures
 from mambavision.weights import WEIGHTS, save_checkpoint
 
 CAT = str(SAMPLES / "cat.jpg")

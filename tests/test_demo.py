@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from mambavision.cli import demo, main
-from mambavision.inference.images import SAMPLES
+from mambavision.inference.picture_files import SAMPLES
 
 ROOT = Path(__file__).parents[1]
 WEB = ROOT / "web"

@@ -18,7 +18,8 @@ from mambavision.cli import main
 from mambavision.inference import embed as embedding_module
 from mambavision.inference.embed import describe, embed, embed_files, same_network
 from mambavision.inference.features import Features, FeaturesError, load_features, save_features
-from mambavision.inference.images import SAMPLES, read_image, sample_pictures
+from mambavision.inference.images import read_image
+from mambavision.inference.picture_files import SAMPLES, sample_pictures
 from mambavision.inference.preprocess import build_transform
 from mambavision.weights import save_checkpoint
 

@@ -10,8 +10,9 @@ from mambavision.cli import main
 from mambavision.inference import optimize
 from mambavision.inference.explain import AttentionMap, explain, find_class
 from mambavision.inference.fuse import fuse
-from mambavision.inference.images import SAMPLES, ImageError, read_image
+from mambavision.inference.images import ImageError, read_image
 from mambavision.inference.overlay import PANEL, overlay
+from mambavision.inference.picture_files import SAMPLES
 from mambavision.inference.preprocess import build_transform
 from mambavision.layers.window import window_partition
 from mambavision.weights import save_checkpoint

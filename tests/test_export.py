@@ -9,7 +9,7 @@ from mambavision import create_model
 from mambavision.cli import main
 from mambavision.export import check, formats, graph, pictures
 from mambavision.inference import optimize
-from mambavision.inference.images import sample_pictures
+from mambavision.inference.picture_files import sample_pictures
 
 
 @pytest.fixture(scope="module")

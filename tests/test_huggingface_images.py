@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor
 from huggingface_models import tiny_config, tiny_network
 from mambavision import Predictor
 from mambavision.config import VARIANTS
-from mambavision.inference.images import SAMPLES
+from mambavision.inference.picture_files import SAMPLES
 from mambavision.inference.preprocess import build_transform
 from mambavision.integrations.huggingface import (
     IMAGE_PROCESSORS,

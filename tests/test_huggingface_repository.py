@@ -25,7 +25,7 @@ from transformers import (
 from huggingface_models import pictures, tiny_config, tiny_network
 from mambavision import create_model
 from mambavision.config import VARIANTS
-from mambavision.inference.images import SAMPLES
+from mambavision.inference.picture_files import SAMPLES
 from mambavision.integrations.huggingface import (
     IMAGE_PROCESSORS,
     MambaVisionBackbone,

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mambavision.inference.images import SAMPLES, ImageError, find_pictures, read_image, sample_pictures
+from mambavision.inference.images import ImageError, read_image
+from mambavision.inference.picture_files import SAMPLES, find_pictures, sample_pictures
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 

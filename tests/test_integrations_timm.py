@@ -12,7 +12,7 @@ from PIL import Image
 from deterministic_weights import deterministic_images, deterministic_state_dict
 from mambavision import create_model, list_models
 from mambavision.config import VARIANTS
-from mambavision.inference.images import SAMPLES
+from mambavision.inference.picture_files import SAMPLES
 from mambavision.inference.predictor import Predictor
 from mambavision.weights import WEIGHTS, read_checkpoint
 

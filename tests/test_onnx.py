@@ -14,7 +14,8 @@ from mambavision import create_model
 from mambavision.cli import main
 from mambavision.export import onnx as export
 from mambavision.export.check import ExportError
-from mambavision.inference.images import read_image, sample_pictures
+from mambavision.inference.images import read_image
+from mambavision.inference.picture_files import sample_pictures
 from mambavision.inference.preprocess import build_transform
 
 TINY = "mamba_vision_test_tiny"

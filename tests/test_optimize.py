@@ -12,8 +12,9 @@ from mambavision import create_model
 from mambavision.inference import gpu, optimize
 from mambavision.inference.fuse import fuse
 from mambavision.inference.graphs import MAX_GRAPHS, GraphRunner
-from mambavision.inference.images import read_image, sample_pictures
+from mambavision.inference.images import read_image
 from mambavision.inference.optimization import finished
+from mambavision.inference.picture_files import sample_pictures
 from mambavision.inference.preprocess import build_transform
 from test_fuse import outputs, trained
 

@@ -106,7 +106,8 @@ def test_the_command_is_installed(information):
 
 def test_the_unpacked_wheel_works_elsewhere(wheel, tmp_path):
     script = (
-        "import mambavision; from mambavision.inference.images import sample_pictures, read_image; "
+        "import mambavision; from mambavision.inference.images import read_image; "
+        "from mambavision.inference.picture_files import sample_pictures; "
         "print(mambavision.__file__, len([read_image(path) for path in sample_pictures()]))"
     )
     done = subprocess.run(

@@ -11,7 +11,8 @@ from PIL import Image
 
 from mambavision import Predictor, create_model
 from mambavision.config import UnknownVariantError, get_config
-from mambavision.inference.images import SAMPLES, read_image, sample_pictures
+from mambavision.inference.images import read_image
+from mambavision.inference.picture_files import SAMPLES, sample_pictures
 from mambavision.inference.predictor import PACKAGED_MODEL, DeviceError, class_labels
 from mambavision.inference.preprocess import build_transform
 from mambavision.weights import WEIGHTS, CheckpointError, save_checkpoint

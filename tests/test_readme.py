@@ -16,7 +16,7 @@ from mambavision import cli, create_model
 from mambavision.cli.arguments import UsageError
 from mambavision.cli.train import parse as parse_training
 from mambavision.export.formats import FORMATS, default_name
-from mambavision.inference.images import SAMPLES
+from mambavision.inference.picture_files import SAMPLES
 from mambavision.weights import WEIGHTS, read_checkpoint, save_checkpoint
 from weight_files import hub_cache, remote_repository, use_hub_cache
 

@@ -10,7 +10,8 @@ from mambavision.cli import main
 from mambavision.config import Preprocessing
 from mambavision.export.onnx import export_onnx, open_file
 from mambavision.export.resize import ResizeAndCrop
-from mambavision.inference.images import SAMPLES, read_image
+from mambavision.inference.images import read_image
+from mambavision.inference.picture_files import SAMPLES
 from mambavision.inference.preprocess import build_transform
 
 CAT = SAMPLES / "cat.jpg"

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from mambavision import Predictor
 from mambavision.files import replaced_when_done
 from mambavision.inference.fuse import FusedMixer, fuse
-from mambavision.inference.images import read_image, sample_pictures
+from mambavision.inference.images import read_image
+from mambavision.inference.picture_files import sample_pictures
 from mambavision.inference.preprocess import build_transform
 from mambavision.weights import WEIGHTS
 

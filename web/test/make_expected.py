@@ -15,7 +15,8 @@ from PIL import Image
 from torchvision.transforms import Compose
 
 from mambavision import Predictor
-from mambavision.inference.images import read_image, sample_pictures
+from mambavision.inference.images import read_image
+from mambavision.inference.picture_files import sample_pictures
 from mambavision.inference.preprocess import build_transform
 
 EXPECTED = Path(__file__).with_name("expected.json")

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.paths and not options.samples:
         parser.error("no pictures given: name files, folders or globs, - for standard input, or use --samples")
 
-    from mambavision.inference.images import find_pictures, sample_pictures
+    from mambavision.inference.picture_files import find_pictures, sample_pictures
 
     messages = message_console()
     pictures: list[Picture] = list(sample_pictures()) if options.samples else []

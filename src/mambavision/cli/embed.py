@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv)
 
     from mambavision.inference.features import FeaturesError, check_output
-    from mambavision.inference.images import find_pictures
+    from mambavision.inference.picture_files import find_pictures
 
     messages = message_console()
     check_output(options.output)

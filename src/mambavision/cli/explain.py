@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     if not options.paths and not options.samples:
         parser.error("no pictures given: name files, folders or globs, or use --samples")
 
-    from mambavision.inference.images import find_pictures, printable, sample_pictures
+    from mambavision.inference.images import printable
+    from mambavision.inference.picture_files import find_pictures, sample_pictures
 
     found, problems = find_pictures(options.paths)
     pictures = [*(sample_pictures() if options.samples else []), *found]

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     options = build_parser().parse_args(argv)
 
     from mambavision.inference.features import load_features
-    from mambavision.inference.images import find_pictures
+    from mambavision.inference.picture_files import find_pictures
 
     features = load_features(options.features)
     found, problems = find_pictures(options.paths)

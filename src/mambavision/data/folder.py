@@ -10,7 +10,7 @@ import numpy as np
 
 from mambavision.data import DataError
 from mambavision.data.pools import FilePool, PackedPool, Pictures
-from mambavision.inference.images import walk_pictures
+from mambavision.inference.picture_files import walk_pictures
 
 TRAIN_NAMES = ("train",)
 EVALUATION_NAMES = ("val", "validation", "test")

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mambavision.export.graph import normalization
-from mambavision.inference.images import ImageError, Picture, find_pictures, read_image, sample_pictures
+from mambavision.inference.images import ImageError, Picture, read_image
+from mambavision.inference.picture_files import find_pictures, sample_pictures
 from mambavision.inference.preprocess import build_transform
 from mambavision.models.backbone import MambaVisionBackbone
 

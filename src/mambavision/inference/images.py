@@ -1,4 +1,4 @@
-"""Pictures as people have them, turned into upright 8-bit RGB; and finding them in folders and globs.
+"""Pictures as people have them, turned into upright 8-bit RGB.
 
 What is decided here: EXIF rotation is applied; transparent pixels are shown on white; 16-bit values keep their high
 byte, as Pillow does for 16-bit colour; floating-point pictures may use 0..1 or 0..255; the first frame of an
@@ -7,13 +7,10 @@ animation is taken; colour profiles are ignored, as timm and torchvision do.
 
 from __future__ import annotations
 
-import glob
 import io
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 import numpy as np
@@ -21,14 +18,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 Picture: TypeAlias = "str | os.PathLike[str] | bytes | BinaryIO | Image.Image | np.ndarray"
 
-SAMPLES = Path(__file__).parents[1] / "assets" / "samples"
-# What is taken from a folder; a file named on its own may have any suffix. HEIC is here to be named, not passed over.
-SUFFIXES = frozenset(
-    """
-    .apng .avif .bmp .dib .gif .heic .heif .j2k .jfif .jp2 .jpe .jpeg .jpg
-    .pbm .pgm .png .pnm .ppm .qoi .tga .tif .tiff .webp
-    """.split()  # noqa: SIM905  (reads better than 23 quoted strings)
-)
 _WIDE_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 # Restoring the warning filters is not safe between threads.
 _WARNING_FILTERS = threading.Lock()
@@ -74,7 +63,7 @@ def read_image(picture: Picture, *, name: str | None = None) -> Image.Image:
     except (OSError, ValueError) as error:
         if isinstance(error, ImageError):
             raise
-        raise ImageError(f"{name} cannot be opened: {_reason(error)}.") from error
+        raise ImageError(f"{name} cannot be opened: {reason(error)}.") from error
 
 
 def picture_name(picture: Picture) -> str:
@@ -91,68 +80,6 @@ def printable(text: str) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shown)
 
 
-def sample_pictures() -> list[Path]:
-    """The photographs that ship with the package; SOURCES.md beside them tells where each comes from."""
-    return _pictures_in(SAMPLES, [])
-
-
-def find_pictures(paths: Iterable[str]) -> tuple[list[Path], list[str]]:
-    """Files behind the arguments of a command line.
-
-    Args:
-        paths: files, folders (searched for pictures with all their subfolders, hidden ones excepted) and glob
-            patterns (`**` for any folders), which are expanded where no file of that very name exists.
-
-    Returns:
-        Files in the order of the arguments, sorted within each; and one sentence for each argument that gave none.
-    """
-    found: list[Path] = []
-    problems: list[str] = []
-    for path in paths:
-        if "://" in path:
-            problems.append(f"{printable(path)} is a URL, which is not fetched; download the picture first.")
-        elif os.path.isdir(path):
-            found += _pictures_in(Path(path), problems)
-        elif glob.has_magic(path) and not os.path.lexists(path):
-            matches = sorted(glob.glob(path, recursive=True))
-            if not matches:
-                problems.append(f"{printable(path)} matches no file.")
-            for match in map(Path, matches):
-                # A pattern ending in ** matches the files of a folder beside the folder itself.
-                if not match.is_dir():
-                    found.append(match)
-                elif "**" not in path:
-                    found += _pictures_in(match, problems)
-        else:
-            found.append(Path(path))
-    return found, problems
-
-
-def _pictures_in(folder: Path, problems: list[str]) -> list[Path]:
-    def report(error: OSError) -> None:
-        problems.append(f"{printable(str(error.filename))} cannot be searched: {_reason(error)}.")
-
-    reported = len(problems)
-    found = sorted(walk_pictures(folder, report))
-    if not found and len(problems) == reported:
-        problems.append(f"{printable(str(folder))} is a folder without pictures.")
-    return found
-
-
-def walk_pictures(folder: Path, report: Callable[[OSError], None] | None = None) -> Iterator[Path]:
-    """Pictures in a folder and its subfolders, by suffix and in no order; what is hidden is passed over.
-
-    Args:
-        folder: where to search.
-        report: called with the error of each folder that cannot be searched.
-    """
-    for parent, folders, files in os.walk(folder, onerror=report):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in SUFFIXES:
-                yield Path(parent, name)
-
-
 def _read_file(file: BinaryIO, name: str) -> Image.Image:
     try:
         with _WARNING_FILTERS, warnings.catch_warnings():
@@ -164,7 +91,7 @@ def _read_file(file: BinaryIO, name: str) -> Image.Image:
     except Image.DecompressionBombError:
         raise ImageError(f"{name} has {_TOO_LARGE}") from None
     except Exception as error:  # decoders raise what they please on damaged headers
-        raise ImageError(f"{name} is broken: {_reason(error)}.") from error
+        raise ImageError(f"{name} is broken: {reason(error)}.") from error
     with image:
         return _decode(image, name)
 
@@ -191,7 +118,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     try:
         return _to_rgb(image)
     except Exception as error:  # decoders raise what they please on damaged data, SyntaxError and IndexError among it
-        raise ImageError(f"{name} is broken: {_reason(error)}.") from error
+        raise ImageError(f"{name} is broken: {reason(error)}.") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -231,6 +158,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and channels == 1 else array)
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """What went wrong, as the end of a sentence without its point."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return printable(text.splitlines()[0]).rstrip(".")
