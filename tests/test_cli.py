@@ -180,6 +180,23 @@ def test_standard_input_is_a_picture(capsys, checkpoint, monkeypatch):
     assert "standard input is empty." in err
 
 
+@pytest.mark.parametrize("command", ["explain", "embed", "train", "export"])
+def test_a_file_where_a_folder_is_needed_is_one_sentence(command, capsys, checkpoint, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_bytes(b"")
+    arguments = {
+        "explain": [CAT, "--checkpoint", checkpoint, "--output", taken / "a.png"],
+        "embed": [CAT, "--checkpoint", checkpoint, "--output", taken / "a.npz"],
+        "train": ["--data", tmp_path, "--model", "mamba_vision_test_tiny", "--output", taken],
+        "export": ["mamba_vision_nano_32", "--output", taken / "a.onnx"],
+    }
+    code, _, err = run(capsys, command, *arguments[command])
+    assert code == 2
+    assert err.splitlines()[-1] == (
+        f"mambavision: {taken} is a file, and a folder is needed there; choose another place for the output."
+    )
+
+
 def test_everything_that_can_be_wrong_with_the_input_at_once(capsys, checkpoint, tmp_path):
     """Each is named in one sentence on stderr, the good pictures are still classified, and the exit code is 1."""
     folder = tmp_path / "pictures"

@@ -349,6 +349,9 @@ def test_neighbours_of_all_need_no_network(capsys, table, monkeypatch):
     code, out, _ = run(capsys, "neighbours", table)
     assert code == 0
     assert "cosine" in out
+    code, _, err = run(capsys, "neighbours", table, "--model", "mamba_vision_T")
+    assert code == 2
+    assert "--model and --checkpoint are for pictures, and none is given" in err
 
 
 def test_a_bad_query_is_named_and_the_rest_is_answered(capsys, table, tmp_path):

@@ -273,6 +273,7 @@ def test_overlays_are_written_and_one_bad_picture_does_not_stop_the_rest(capsys,
     assert len(err.splitlines()) == 2
     assert "cut.jpg is broken" in err
     assert [line.rpartition(", ")[2] for line in out.splitlines()] == ["cat.explained.png", "cat-2.explained.png"]
+    assert all(": puma " in line for line in out.splitlines())  # the class that was asked for, not the likeliest
     assert {path.name for path in tmp_path.iterdir()} == {
         "cut.jpg",
         "other",

@@ -104,3 +104,10 @@ def test_a_grey_backbone(onnx_exporter, tmp_path):
 def test_only_onnx_has_it(capsys):
     assert main(["export", "mamba_vision_nano_32", "--format", "aoti", "--resize"]) == 2
     assert "--resize works only with onnx, not with aoti." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_maps_of_a_trained_network_differ_by_more_than_its_classes(onnx_exporter, tmp_path):
+    model = create_model("mamba_vision_nano_32", pretrained=True, features_only=True)
+    report = export_onnx(model, tmp_path / "maps.onnx", resize=True)
+    assert 0.01 < report.error < 0.1

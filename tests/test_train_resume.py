@@ -104,6 +104,17 @@ def test_a_checkpoint_is_plain_and_complete(runs):
     assert not any(path.name.startswith(".") for path in runs[0].iterdir())  # no temporary file stays
 
 
+def test_a_continued_run_wants_no_weights_to_begin_with(tmp_path, capsys, monkeypatch):
+    data = make_npz(tmp_path / "data", train=8, val=4)
+    command = ["train", "--model=mamba_vision_nano_32", "--pretrained", "--workers=0", "--device=cpu", "--batch-size=4"]
+    command += [f"--data={data}", f"--output={tmp_path / 'run'}"]
+    assert main([*command, "--epochs=1"]) == 0
+    assert "head for 10 classes is dropped" in capsys.readouterr().err
+    monkeypatch.setattr("mambavision.factory.fetch_weights", None)  # gone since
+    assert main([*command, "--epochs=2", "--resume=auto"]) == 0
+    assert "is dropped" not in capsys.readouterr().err
+
+
 def test_another_seed_is_another_run(runs, tmp_path):
     whole, _ = runs
     again = [*RUN, f"--data={whole.parent / 'data'}", f"--output={tmp_path}", "--seed=1", "--epochs=2"]

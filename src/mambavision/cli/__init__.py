@@ -68,6 +68,8 @@ def _run(command: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         return 141  # as the shell reports a reader that left
+    except FileExistsError as error:
+        return _fail(f"{error.filename} is a file, and a folder is needed there; choose another place for the output.")
     except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
         return _fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}.")
     except Exception as error:

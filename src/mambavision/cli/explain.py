@@ -98,8 +98,7 @@ def main(argv: Sequence[str]) -> int:
             failed = True
             continue
         save_overlay(overlay(explanation, per_block=options.per_block, point=options.point), path)
-        best, likelihood = explanation.prediction.labels[0], explanation.prediction.probabilities[0]
-        print(f"{printable(str(picture))}: {best} {likelihood:.1%}, {printable(str(path))}")
+        print(f"{printable(str(picture))}: {explanation.label} {explanation.probability:.1%}, {printable(str(path))}")
     return 1 if failed else 0
 
 

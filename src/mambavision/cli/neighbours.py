@@ -46,6 +46,8 @@ def main(argv: Sequence[str]) -> int:
     from mambavision.inference.features import load_features
     from mambavision.inference.picture_files import find_pictures
 
+    if not options.paths and (options.model is not None or options.checkpoint is not None):
+        raise UsageError("--model and --checkpoint are for pictures, and none is given: the table needs neither.")
     features = load_features(options.features)
     found, problems = find_pictures(options.paths)
     for problem in problems:

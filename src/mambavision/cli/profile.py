@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -47,6 +48,8 @@ def main(argv: Sequence[str]) -> int:
 
     get_config(options.model)  # before torch is imported: a mistyped name answers at once
 
+    # PyTorch's profiler tells its own progress, and an error where there is no GPU; it reads this when it is loaded.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from mambavision.inference.predictor import find_device
     from mambavision.measure.memory import OutOfMemoryError, fitting
     from mambavision.measure.profiling import profile_operations, profile_parts

@@ -35,7 +35,7 @@ from mambavision.factory import create_model
 from mambavision.files import replaced_when_done
 from mambavision.inference.predictor import find_device
 from mambavision.models.classifier import MambaVision
-from mambavision.weights import save_checkpoint
+from mambavision.weights import loading, save_checkpoint
 
 BEST = "best.safetensors"
 FINAL = "final.safetensors"
@@ -88,7 +88,7 @@ class TrainingRun:
         self.bad: dict[str, str] = {}
         training, self.evaluation = self._open_data()
         torch.manual_seed(config.seed)
-        self.model = self._create_model(training.class_names)
+        self.model = self._create_model(training.class_names, resumed=resumed is not None)
         self.batches = TrainBatches(
             training,
             build_train_transform(config.augment, self.model.config.preprocessing),
@@ -174,16 +174,22 @@ class TrainingRun:
             self.bad.update(bad | worse)
         return training, evaluation
 
-    def _create_model(self, class_names: tuple[str, ...]) -> MambaVision:
+    def _create_model(self, class_names: tuple[str, ...], *, resumed: bool) -> MambaVision:
         settings = self.config.model
-        model = create_model(
-            settings.name,
-            pretrained=settings.pretrained,
-            checkpoint_path=settings.checkpoint,
-            class_names=class_names,
-            device=self.device,
-            **settings.overrides,
-        )
+        # A continued run has weights of its own: those it began with are not wanted, nor what they were changed for. A
+        # checkpoint is read all the same, for the architecture and preprocessing in it.
+        loading.logger.disabled = resumed
+        try:
+            model = create_model(
+                settings.name,
+                pretrained=settings.pretrained and not resumed,
+                checkpoint_path=settings.checkpoint,
+                class_names=class_names,
+                device=self.device,
+                **settings.overrides,
+            )
+        finally:
+            loading.logger.disabled = False
         if not isinstance(model, MambaVision) or model.config.in_chans != 3:
             raise ValueError(f"Training wants a network of 3 input channels, got model.overrides {settings.overrides}.")
         return model.to(memory_format=torch.channels_last) if self.config.runtime.channels_last else model

@@ -224,7 +224,7 @@ def find_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # PyTorch's answers to a device it lacks
-        reason = str(error).splitlines()[0].rstrip(".")
+        reason = str(error).splitlines()[0].partition(". ")[0].rstrip(".")
         raise DeviceError(f"Device {str(name)!r} cannot be used here ({reason}); try auto or cpu.") from error
     if device.type == "meta":
         raise DeviceError("Device 'meta' has shapes but no values; try auto or cpu.")
