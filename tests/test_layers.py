@@ -1,6 +1,7 @@
 """Where a layer takes another way than its modules one by one, it comes to the same."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,13 @@ def normal(module):
     for tensor in module.parameters():
         nn.init.normal_(tensor, std=0.5)
     return module
+
+
+def changed(block, x):
+    """Names of the buffers that a pass changes."""
+    before = {name: buffer.clone() for name, buffer in block.named_buffers()}
+    block(x)
+    return {name for name, buffer in block.named_buffers() if not torch.equal(buffer, before[name])}
 
 
 def module_by_module(block, x):
@@ -253,3 +261,65 @@ def test_a_block_compiled_by_itself_is_called_as_compiled():
         block.compile(backend=backend)
     level(torch.randn(1, level.blocks[0].norm1.weight.shape[0], 4, 4))
     assert compiled
+
+
+def test_statistics_that_are_not_tracked_stay():
+    block = normal(ConvBlock(6))
+    x = torch.randn(3, 6, 5, 4)
+    assert len(changed(block, x)) == 6
+    block.norm1.track_running_stats = block.norm2.track_running_stats = False
+    assert not changed(block, x)
+    block.norm1.track_running_stats = block.norm2.track_running_stats = True
+    block.norm1.num_batches_tracked = block.norm2.num_batches_tracked = None
+    assert changed(block, x) == {f"norm{n}.running_{what}" for n in (1, 2) for what in ("mean", "var")}
+
+
+def test_no_pictures_change_no_statistics():
+    block = normal(ConvBlock(6))
+    assert not changed(block, torch.randn(0, 6, 5, 4)) - {"norm1.num_batches_tracked", "norm2.num_batches_tracked"}
+
+
+def test_a_pass_in_training_leaves_one_in_evaluation_its_backward():
+    block, other = normal(ConvBlock(6)), None
+    other = copy.deepcopy(block)
+    x = torch.randn(3, 6, 5, 4)
+    gradients = []
+    for call, module in ((block, block), (lambda x: module_by_module(other, x), other)):
+        evaluated = [module.eval(), call(x)][1]
+        trained = [module.train(), call(x)][1]
+        (evaluated.sum() + trained.square().sum()).backward()
+        gradients.append([parameter.grad for name, parameter in module.named_parameters() if "bias" not in name])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_network_of_quantised_layers_still_runs():
+    model = create_model("mamba_vision_test_tiny").eval()
+    x = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
+        assert F.cosine_similarity(quantised(x), model(x)) > 0.99
+
+
+@pytest.mark.gpu
+def test_gradients_of_parts_of_one_map_are_told_apart():
+    """Compilers differ in what they make of a view that begins inside a tensor."""
+    torch._dynamo.reset()
+    block, mix = ConvBlock(16).cuda(), nn.Conv2d(16, 8, 3).cuda()
+    x = torch.randn(2, 2, 16, 9, 9, device="cuda").to(memory_format=torch.channels_last_3d).requires_grad_()
+    weights = [parameter for name, parameter in block.named_parameters() if name not in ("conv1.bias", "conv2.bias")]
+    parameters = [x, *weights, *mix.parameters()]
+
+    def loss(block, a, b):
+        return mix(torch.cat([block(a), block(b)])).square().sum()
+
+    found, expected = (
+        torch.autograd.grad(run(block, *map(last, x)), parameters)
+        for run in (torch.compile(loss), lambda block, *maps: loss(lambda a: module_by_module(block, a), *maps))
+    )
+    for ours, its in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, its, rtol=1e-3, atol=1e-3 * its.abs().max().item() + 1e-6)
+
+
+def last(maps):
+    return maps.contiguous(memory_format=torch.channels_last)

@@ -269,6 +269,14 @@ def test_the_file_computes_the_same_on_a_gpu(dtype, tmp_path):
     assert report.agreement == 1
 
 
+def test_frozen_parts_stay_frozen(tmp_path):
+    model = create_model(TINY).train()
+    model.patch_embed.eval()
+    modes = [module.training for module in model.modules()]
+    export.export_onnx(model, tmp_path / "a.onnx")
+    assert [module.training for module in model.modules()] == modes
+
+
 @pytest.mark.slow
 def test_t_is_small_and_loads_quickly(tmp_path):
     report = export.export_onnx(create_model("mamba_vision_T"), tmp_path / "t.onnx")

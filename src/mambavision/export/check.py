@@ -18,6 +18,7 @@ from torch import Tensor
 from mambavision.export.pictures import as_input, decoded_photographs, in_batches, photographs
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
+from mambavision.models.modes import evaluating
 
 # What a reloaded file does: pictures in, outputs as float32 on the CPU.
 Run: TypeAlias = Callable[[Tensor], Sequence[Tensor]]
@@ -207,20 +208,15 @@ def _compare(model: MambaVisionBackbone, run: Run, pairs: list[tuple[Tensor, Ten
     """Largest relative error and, of a classifier, the share of equal classes."""
     weight = next(model.parameters())
     errors, equal = [], []
-    was_training = model.training
-    model.eval()
-    try:
-        for inputs, fed in pairs:
-            with torch.inference_mode():
-                expected = model(inputs.to(weight))
-            maps = [expected] if isinstance(expected, Tensor) else expected
-            for ours, theirs in zip(maps, run(fed), strict=True):
-                reference = ours.float().cpu()
-                errors.append((theirs - reference).abs().max() / reference.abs().max())
-                if isinstance(model, MambaVision):
-                    equal.append(theirs.argmax(-1) == reference.argmax(-1))
-    finally:
-        model.train(was_training)
+    for inputs, fed in pairs:
+        with evaluating(model), torch.inference_mode():
+            expected = model(inputs.to(weight))
+        maps = [expected] if isinstance(expected, Tensor) else expected
+        for ours, theirs in zip(maps, run(fed), strict=True):
+            reference = ours.float().cpu()
+            errors.append((theirs - reference).abs().max() / reference.abs().max())
+            if isinstance(model, MambaVision):
+                equal.append(theirs.argmax(-1) == reference.argmax(-1))
     return torch.stack(errors).max().item(), torch.cat(equal).float().mean().item() if equal else None
 
 

@@ -85,8 +85,9 @@ def export_onnx(
     Raises:
         ExportError: onnx, onnxscript or onnxruntime is not installed or has no CUDA, or PyTorch is too old.
         DifferenceError: the reloaded file computes something else; nothing is left behind.
-        ValueError: no such type or device, another suffix, a network without weights or for other than 1 or 3 channels,
-            or no pictures.
+        TypeError: `model` is no network of this package.
+        ValueError: no such type or device, another suffix, an optimised network, weights in half precision, other than
+            1 or 3 channels, or no pictures.
     """
     check_request("onnx", dtype, calibration)
     check_model(model)

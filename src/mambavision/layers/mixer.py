@@ -77,7 +77,8 @@ class MambaVisionMixer(nn.Module):
     def _convolved(self, both: Tensor) -> tuple[Tensor, Tensor]:
         """SiLU(conv(x)) and SiLU(conv(z)) of (windows, length, dim)."""
         convs = (self.conv1d_x, self.conv1d_z)
-        if both.is_cuda and all(type(conv) is TokenConv and not has_hooks(conv) for conv in convs):
+        alike = self.conv1d_x.weight.shape == self.conv1d_z.weight.shape
+        if both.is_cuda and alike and all(type(conv) is TokenConv and not has_hooks(conv) for conv in convs):
             # A GPU makes one pass over both halves, here and for their gradients.
             x, z = token_conv(both, torch.cat([conv.weight for conv in convs]).squeeze(1)).chunk(2, dim=-1)
             return x, z
@@ -101,4 +102,4 @@ class MambaVisionMixer(nn.Module):
         if are_plain(self.dt_proj):
             return F.linear(dt, self.dt_proj.weight), 2 * self.dt_proj.bias, B, C
         # Only its own call may know the parameters, when they are offloaded or adapted: the bias is what it makes of 0.
-        return self.dt_proj(dt), self.dt_proj(dt.new_zeros(self.dt_rank)), B, C
+        return self.dt_proj(dt), self.dt_proj(dt.new_zeros(1, self.dt_rank))[0], B, C

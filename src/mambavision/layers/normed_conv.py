@@ -39,7 +39,7 @@ def normed_conv(
     Returns:
         (batch, channels out, height, width).
     """
-    if not (are_plain(norm) and _norms_by_batch(norm)):
+    if not (are_plain(norm) and _norms_by_batch(norm)) or x.shape[0] == 0:
         return _followed(norm(conv(x)), act, gamma, scale, residual)
     # The norm takes off what is constant, so the bias is spared two passes over the map.
     spared = are_plain(conv) and conv.bias is not None and conv.padding_mode == "zeros"
@@ -55,8 +55,8 @@ def normed_conv(
 
 def _norms_by_batch(norm: nn.BatchNorm2d) -> bool:
     """Whether the norm is in training, with parameters, and keeps means that move by a part each step."""
-    moves = norm.running_mean is not None and norm.momentum is not None and norm.momentum < 1
-    return norm.training and norm.affine and moves
+    kept = norm.track_running_stats and norm.running_mean is not None and norm.num_batches_tracked is not None
+    return norm.training and norm.affine and kept and norm.momentum is not None and norm.momentum < 1
 
 
 def _named(act: nn.Module) -> Activation | None:
@@ -105,7 +105,8 @@ def _normed_without(bias: Tensor, norm: nn.BatchNorm2d, y: Tensor) -> Tensor:
     # tensor, since the backward wants it unchanged and the next forward may come first.
     mean = cast("Tensor", norm.running_mean) + bias.detach() * (momentum / (1 - momentum))
     y = F.batch_norm(y, mean, norm.running_var, norm.weight, norm.bias + _no_gradient(bias), True, momentum, norm.eps)
-    cast("Tensor", norm.running_mean).copy_(mean)
+    # By `data`, as PyTorch's own step: a backward that has kept the mean from evaluation is not disturbed.
+    cast("Tensor", norm.running_mean).data.copy_(mean)
     cast("Tensor", norm.num_batches_tracked).add_(1)
     return y
 

@@ -18,6 +18,7 @@ from mambavision.layers.attention import Attention
 from mambavision.layers.mixer import MambaVisionMixer
 from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import MambaVisionBackbone
+from mambavision.models.modes import evaluating
 
 # Multiply-adds of the scan, see above: for each token, channel and state, and for each token and channel.
 SCAN_MACS_PER_STATE = 4
@@ -94,11 +95,10 @@ def count_complexity(model: MambaVisionBackbone, img_size: tuple[int, int] | Non
         module.register_forward_hook(lambda module, _, output, name=name: record(name, module, output))
         for name, module in modules.items()
     ]
-    was_training = model.training
     try:
-        model.eval()(torch.zeros(1, model.config.in_chans, height, width, device=first.device, dtype=first.dtype))
+        with evaluating(model):
+            model(torch.zeros(1, model.config.in_chans, height, width, device=first.device, dtype=first.dtype))
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
 

@@ -137,8 +137,9 @@ def _differentiate(ctx: Any, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None,
     x, weight, bias, *others = ctx.saved_tensors
     grad_y = _channels_last(grad_y)
     # A compiler would sum the residuals' gradients anew for every kernel that reads them; what is seen by its strides
-    # it writes first.
-    grad_y = grad_y.as_strided(grad_y.shape, grad_y.stride())
+    # it writes first. (A part of something else is there already, and some compilers would forget where it begins.)
+    if grad_y.storage_offset() == 0:
+        grad_y = grad_y.as_strided(grad_y.shape, grad_y.stride())
     grad_x, grad_weight, grad_bias = batch_norm_backward(grad_y, x, weight, bias, *others, ctx.eps, ctx.activation)
     grad_residual = None if ctx.residual_type is None else grad_y.to(ctx.residual_type)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype), None, grad_residual, None, None
