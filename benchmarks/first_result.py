@@ -17,13 +17,11 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from apart import json_of
 from mambavision import create_model
 from mambavision.inference import optimize
-from results_file import write_results
+from results_file import print_rows, write_results
 
 DEFAULT = ("mamba_vision_T",)
 
@@ -59,10 +57,7 @@ def main() -> None:
     for name in arguments.variants:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(json_of(__file__, "--here", name, environment={"TRITON_CACHE_DIR": folder}))
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    print_rows(rows)
     write_results(
         "first_result",
         rows,

@@ -15,14 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from mambavision import create_model
 from mambavision.inference.fuse import fuse
 from mambavision.inference.gpu import use_kernels
 from mambavision.inference.optimization import finished
-from results_file import write_results
+from results_file import print_rows, write_results
 
 BATCH = 250
 LARGE, PICTURES = ("mamba_vision_L", "mamba_vision_L2"), 4
@@ -44,10 +42,7 @@ def main() -> None:
     for name in LARGE:
         torch.manual_seed(0)
         rows += _rows(name, create_model(name).eval(), [torch.randn(PICTURES, 3, 224, 224)], None)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    print_rows(rows)
     note = f"mamba_vision_nano_32: {len(images):,} test pictures of CIFAR-10; the others: random weights, "
     note += f"{PICTURES} random pictures. By the references of the operations."
     write_results("float8_error", rows, note=note)

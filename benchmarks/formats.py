@@ -23,8 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from mambavision import create_model
@@ -34,7 +32,7 @@ from mambavision.export.graph import normalization
 from mambavision.export.pictures import in_batches, photographs
 from mambavision.inference import optimize
 from mambavision.inference.cpu import can_pack
-from results_file import write_results
+from results_file import print_rows, write_results
 
 PACKAGED = "mamba_vision_nano_32"
 BATCHES = (1, 32)
@@ -161,10 +159,7 @@ def main() -> None:
         for row in rows:
             del row["runs"]
 
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*(str(row.get(key, "")) for key in rows[0]))
-    Console().print(table)
+    print_rows(rows)
     judged = f"on the {len(pictures):,} test pictures of CIFAR-10" if packaged else "on the seven sample photographs"
     write_results(
         "formats" if packaged else f"formats_{arguments.model.rpartition('_')[-1]}",

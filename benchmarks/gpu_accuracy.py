@@ -13,14 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from mambavision import create_model
 from mambavision.inference import optimize
 from mambavision.ops.backend import Situation
 from mambavision.ops.float8 import refuse_float8_kernels
-from results_file import write_results
+from results_file import print_rows, write_results
 
 BATCH = 500
 WAYS = (
@@ -57,10 +55,7 @@ def main() -> None:
             continue
         network = optimize(model, mode=mode, dtype=dtype)
         rows.append(_row(f"optimize, {mode}", str(dtype).removeprefix("torch."), logits(network), truth, labels))
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    print_rows(rows)
     note = f"mamba_vision_nano_32 on {len(images):,} test pictures of CIFAR-10, batch {BATCH}; TF32 is off."
     write_results("gpu_accuracy", rows, note=note)
 

@@ -17,11 +17,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 
 from apart import json_of
-from results_file import write_results
+from results_file import print_rows, write_results
 
 BATCH = 128
 # Model, and how: compiled, with gradient checkpointing.
@@ -110,10 +108,7 @@ def main() -> None:
         rows.append(measure_apart(number, arguments.steps))
         rows[-1]["relative_to_convnext_tiny"] = round(rows[-1]["images_per_second"] / rows[0]["images_per_second"], 2)
         _write(rows, arguments.steps)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    print_rows(rows)
 
 
 def _write(rows: list[dict[str, Any]], steps: int) -> None:

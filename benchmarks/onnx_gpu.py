@@ -20,8 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from apart import json_of
@@ -30,7 +28,7 @@ from mambavision.export.check import Run
 from mambavision.export.graph import normalization
 from mambavision.export.onnx import export_onnx, open_file
 from mambavision.export.pictures import in_batches
-from results_file import write_results
+from results_file import print_rows, write_results
 
 PACKAGED = "mamba_vision_nano_32"
 FILES = [(name, dtype) for name in (PACKAGED, "mamba_vision_T") for dtype in ("float32", "float16")]
@@ -89,10 +87,7 @@ def main() -> None:
                 row[f"milliseconds_{batch}"] = milliseconds(run, torch.randn(batch, 3, *side))
             print(row, flush=True)
 
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    print_rows(rows)
     write_results(
         "onnx_gpu",
         rows,

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from apart import json_of
 from mambavision.data.config import AugmentConfig, DataConfig
@@ -27,7 +26,7 @@ from mambavision.engine.config import LossConfig, ModelConfig, OptimConfig, Runt
 from mambavision.engine.train import TrainingRun
 from mambavision.layers.mixer import MambaVisionMixer
 from mambavision.ops.selective_scan import choose_backend
-from results_file import write_results
+from results_file import print_rows, write_results
 
 MODEL = "mamba_vision_nano_32"
 # Autocast, and the scan; the first is what the others are compared with.
@@ -99,10 +98,7 @@ def main() -> None:
         rows.append(row)
     for row in rows:
         row["difference"] = round(row["mean"] - rows[0]["mean"], 2)
-    table = Table(*rows[0])
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    Console().print(table)
+    print_rows(rows)
     pictures = f"{arguments.limit or 50_000:,} training pictures"
     note = f"{MODEL}, CIFAR-10, {arguments.epochs} epochs on {pictures}, top-1 % on the 10,000 test pictures."
     write_results("precision", rows, note=note)

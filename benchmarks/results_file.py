@@ -1,4 +1,4 @@
-"""How a benchmark writes what it measured: rows, with device, versions, commit and command beside them."""
+"""How a benchmark shows and writes what it measured: rows, with device, versions, commit and command beside them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from mambavision.measure.timing import describe_device
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("mambavision", "numpy", "timm", "torch", "torchvision", "triton")
+
+
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Show `rows` as a table with the columns of the first."""
+    table = Table(*rows[0])
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in rows[0]))
+    Console().print(table)
 
 
 def write_results(name: str, rows: list[dict[str, Any]], *, note: str, device: str | None = None) -> Path:

@@ -60,11 +60,13 @@ def main(argv: Sequence[str]) -> int:
     output = options.output or Path(default_name(options.model, options.format, options.dtype))
     if output.is_dir():
         raise UsageError(f"--output must be a file, and {output} is a folder.")
-    if options.device is not None and options.format not in ("aoti", "onnx"):
+    if options.device is not None and options.format != "aoti" and "device" not in chosen.settings:
         raise UsageError(f"--device works only with aoti and onnx, and {options.format} was asked for.")
+    # A compiled file is for the network's device. Another is compared on its own, with the network on the CPU.
     settings = {}
-    if options.format == "onnx":  # the network itself stays on the CPU, which is what the file is compared with
-        settings["device"] = options.device or "cpu"
+    network_device = options.device if options.format == "aoti" else None
+    if options.device is not None and network_device is None:
+        settings["device"] = options.device
     for name in ("calibration", "batch_size", "resize"):
         value = getattr(options, name) or None
         if value is not None and name not in chosen.settings:
@@ -88,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
             checkpoint_path=options.checkpoint,
             features_only=options.features,
             img_size=options.img_size,
-            device=find_device((options.format == "aoti" and options.device) or "cpu"),
+            device=find_device(network_device or "cpu"),
         )
         report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
     except DifferenceError as error:

@@ -48,14 +48,14 @@ def main(argv: Sequence[str]) -> int:
 
     get_config(options.model)  # before torch is imported: a mistyped name answers at once
 
-    # PyTorch's profiler tells its own progress, and an error where there is no GPU; it reads this when it is loaded.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from mambavision.inference.predictor import find_device
     from mambavision.measure.memory import OutOfMemoryError, fitting
     from mambavision.measure.profiling import profile_operations, profile_parts
     from mambavision.measure.subjects import prepare
 
     device = find_device(options.device)
+    if device.type == "cpu":  # else PyTorch's profiler, which reads this at its start, calls a missing GPU an error
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
         subject = prepare(options.model, way="eager", dtype=options.dtype, device=device, img_size=options.img_size)
         what = f"{options.model} with {options.batch_size} pictures at once"

@@ -49,7 +49,11 @@ class Format:
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(
-        module="onnx", function="export_onnx", suffix=".onnx", dtypes=DTYPES, settings=("calibration", "resize")
+        module="onnx",
+        function="export_onnx",
+        suffix=".onnx",
+        dtypes=DTYPES,
+        settings=("calibration", "resize", "device"),
     ),
     "torch-export": Format(
         module="torch_export", function="export_torch", suffix=".pt2", dtypes=("float32", "float16")
