@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from mambavision.files import replaced_when_done
-from readme_tables import best_ways
+from readme_tables import OURS, best_ways
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -28,6 +28,7 @@ STYLES = {
     "peer": {"color": "#6b7280", "marker": "^", "linestyle": "none", "zorder": 1},
 }
 
+USUAL = "224 x 224"  # size of the pictures; another is said
 MARKER_SIZE = 8  # pixels at the resolution in which names are placed
 # Where a name may stand beside its point, in points, and which of its sides is there; the first free one is taken.
 PLACES = (
@@ -48,9 +49,12 @@ def points() -> tuple[dict[str, list[tuple[float, float, str]]], dict[str, str]]
     others = _read("others_h200")
     found: dict[str, dict[str, tuple[float, float, str]]] = {kind: {} for kind in STYLES}
     for row in [*others["rows"], *best_ways(measured["rows"])]:
-        ours = row["model"].startswith("mamba_vision_")
+        ours = row["model"].startswith(OURS)
         kind = row.get("kind") or ("ours" if ours else "peer")
-        name = row["model"].removeprefix("mamba_vision_").split("_patch")[0].removesuffix("_224")
+        name = row["model"].removeprefix(OURS).removeprefix("tf_").split("_patch")[0]
+        name = name.removesuffix("_224").removesuffix("_tf")
+        if row.get("picture", USUAL) != USUAL:
+            name += f" ({row['picture'].split()[0]} px)"
         point = (row["relative"], row["top1"], name)
         found[kind][name] = max(point, found[kind].get(name, point))  # a peer may have been timed in both runs
     labels = {
@@ -69,7 +73,7 @@ def draw() -> Figure:
     kinds, labels = points()
     for kind, rows in kinds.items():
         axes.plot([x for x, *_ in rows], [y for _, y, _ in rows], label=labels[kind], **STYLES[kind])
-    axes.set_xlabel("images / s, relative to compiled convnext_tiny in the same run (batch 128, 224 px)")
+    axes.set_xlabel("images / s, relative to compiled convnext_tiny in the same run (batch 128)")
     axes.set_ylabel("published top-1 on ImageNet-1K / %")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""ONNX files in onnxruntime on a GPU: error, accuracy and speed.
+"""ONNX files in onnxruntime on a GPU: error, accuracy and speed, beside PyTorch with `optimize`.
 
     python benchmarks/onnx_gpu.py data/cifar10
 
@@ -28,6 +28,7 @@ from mambavision.export.check import Run
 from mambavision.export.graph import normalization
 from mambavision.export.onnx import export_onnx, open_file
 from mambavision.export.pictures import in_batches
+from mambavision.inference import optimize
 from results_file import print_rows, write_results
 
 PACKAGED = "mamba_vision_nano_32"
@@ -41,7 +42,18 @@ def written(name: str, dtype: str, path: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     model = create_model(name, pretrained=name == PACKAGED).eval()
     report = export_onnx(model, path, dtype=dtype, device="cuda")
-    return {"model": f"`{name}`", "dtype": dtype, "error": report.error}
+    return {"model": f"`{name}`", "way": "onnxruntime", "dtype": dtype, "error": report.error}
+
+
+def optimized(name: str, dtype: str) -> Run:
+    """The network in PyTorch, called as a file is."""
+    fast = optimize(create_model(name, pretrained=name == PACKAGED, device="cuda"), dtype=getattr(torch, dtype))
+
+    @torch.inference_mode()
+    def run(pictures: Tensor) -> list[Tensor]:
+        return [fast(pictures.cuda()).cpu()]
+
+    return run
 
 
 def top1(run: Run, file: Path) -> float:
@@ -79,21 +91,24 @@ def main() -> None:
         paths = [Path(folder) / f"{name}.{dtype}.onnx" for name, dtype in FILES]
         asked = [["--only", *file, path] for file, path in zip(FILES, paths, strict=True)]
         rows = list(pool.map(lambda only: json_of(__file__, arguments.data, *only), asked))
-        for (name, _), path, row in zip(FILES, paths, rows, strict=True):
-            run = open_file(path, "cuda")
-            row["top1"] = top1(run, arguments.data / "val.npz") if name == PACKAGED else None
-            side = create_model(name, device="meta").config.preprocessing.img_size
-            for batch in BATCHES:
-                row[f"milliseconds_{batch}"] = milliseconds(run, torch.randn(batch, 3, *side))
-            print(row, flush=True)
+        runs = [open_file(path, "cuda") for path in paths]
+    rows += [{"model": f"`{name}`", "way": "PyTorch, optimize", "dtype": dtype} for name, dtype in FILES]
+    runs += [optimized(name, dtype) for name, dtype in FILES]
+    for (name, _), run, row in zip(FILES * 2, runs, rows, strict=True):
+        row["top1"] = top1(run, arguments.data / "val.npz") if name == PACKAGED else None
+        side = create_model(name, device="meta").config.preprocessing.img_size
+        for batch in BATCHES:
+            row[f"milliseconds_{batch}"] = milliseconds(run, torch.randn(batch, 3, *side))
+        print(row, flush=True)
 
+    rows.sort(key=lambda row: row["model"])
     print_rows(rows)
     write_results(
         "onnx_gpu",
         rows,
         note=f"A call takes pictures from the host's memory and brings logits back; median of {CALLS}. TensorFloat-32 "
-        "is off. T has random weights. Error: largest difference to PyTorch on the CPU on the sample photographs, "
-        "relative to the largest logit.",
+        "is off in the files. T has random weights. Error: largest difference to PyTorch on the CPU on the sample "
+        "photographs, relative to the largest logit.",
     )
 
 

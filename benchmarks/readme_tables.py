@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parent / "results"
 BLOCK = re.compile(r"(?P<begin><!-- begin:(?P<name>[\w-]+) -->\n).*?(?P<end><!-- end:(?P=name) -->)", re.DOTALL)
 MARKER = re.compile(r"<!-- (?:begin|end):[\w-]+ -->")
 UNMEASURED = "*Not measured yet.*"
+OURS = "mamba_vision_"  # what the names of our models begin with
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,19 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "gpu_front": (
         Column("model", "model"),
         Column("top1", "published top-1 %", ".1f"),
+        Column("picture", "picture / px"),
         Column("way", "fastest way"),
         Column("images_per_second", "images/s", ","),
         Column("relative", "relative to convnext_tiny", ".2f"),
+    ),
+    "gpu_rivals": (
+        Column("model", "model"),
+        Column("top1", "published top-1 %", ".1f"),
+        Column("relative", "relative to convnext_tiny", ".2f"),
+        Column("rival", "fastest of timm's that is as accurate"),
+        Column("rival_top1", "its top-1 %", ".1f"),
+        Column("rival_relative", "relative to convnext_tiny", ".2f"),
+        Column("ratio", "ours over it", ".2f"),
     ),
     "others_h200": (
         Column("model", "model"),
@@ -175,6 +186,15 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("seconds_to_open", "to open / s", ".1f"),
         Column("milliseconds", "ms"),
     ),
+    "onnx_gpu": (
+        Column("model", "model"),
+        Column("way", "way"),
+        Column("dtype", "type"),
+        Column("error", "error", ".1e"),
+        Column("top1", "top-1 %", ".2f"),
+        Column("milliseconds_1", "batch 1 / ms", ".1f"),
+        Column("milliseconds_128", "batch 128 / ms", ".1f"),
+    ),
     "huggingface_trainer": (
         Column("model", "model"),
         Column("pictures", "training pictures", ","),
@@ -194,21 +214,37 @@ TABLES: dict[str, tuple[Column, ...]] = {
 
 
 def best_ways(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each model at batch 128 and 224 px, in its fastest way that keeps its published accuracy; the fastest first.
+    """Each model at batch 128, in its fastest way that keeps its published accuracy; the fastest first.
 
     By the ratio to the reference of the same run, since rows may come from two.
     """
     best: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row["batch"] == 128 and row["picture"] == "224 x 224" and row["top1"] is not None:
+        if row["batch"] == 128 and row["top1"] is not None:
             known = best.setdefault(row["model"], row)
             best[row["model"]] = max(known, row, key=lambda candidate: candidate["relative"])
     return sorted(best.values(), key=lambda row: -row["relative"])
 
 
+def rivals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model of ours beside the fastest of the others that is at least as accurate."""
+    best = best_ways(rows)
+    others = [row for row in best if not row["model"].startswith(OURS)]
+    pairs = []
+    for row in best:
+        if row["model"].startswith(OURS):
+            rival = next((other for other in others if other["top1"] >= row["top1"]), None)
+            pairs.append({key: row[key] for key in ("model", "top1", "relative")})
+            if rival is not None:
+                pairs[-1] |= {"rival": rival["model"], "rival_top1": rival["top1"], "rival_relative": rival["relative"]}
+                pairs[-1]["ratio"] = row["images_per_second"] / rival["images_per_second"]
+    return pairs
+
+
 # Tables that show a part of another one's file.
 PARTS: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]]] = {
-    "gpu_front": ("gpu_inference", best_ways)
+    "gpu_front": ("gpu_inference", best_ways),
+    "gpu_rivals": ("gpu_inference", rivals),
 }
 SHOWN_VERSIONS = ("python", "torch", "timm")  # the result has the others too
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from mambavision.measure.timing import describe_device
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("mambavision", "numpy", "timm", "torch", "torchvision", "triton")
+PACKAGES = ("mambavision", "numpy", "onnxruntime", "onnxruntime-gpu", "timm", "torch", "torchvision", "triton")
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

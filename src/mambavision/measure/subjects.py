@@ -101,7 +101,7 @@ def prepare(
             if prepared is not None:
                 raise ValueError(f"{way} is for our own networks alone; time {name} by eager or compile.")
             model, size = _from_timm(name, img_size)
-            model = model.to(device)
+            model = model.to(device, TYPES[dtype])  # now: some keep what they form of their weights in the first pass
         parameters = sum(parameter.numel() for parameter in model.parameters())
         macs = _macs(model, size)
         if prepared is not None:
@@ -153,5 +153,6 @@ def _macs(model: nn.Module, size: tuple[int, int]) -> int:
         return count_complexity(model, size).macs
     counter = FlopCounterMode(display=False)
     with counter:
-        model(torch.zeros(1, 3, *size, device=next(model.parameters()).device))
+        weight = next(model.parameters())
+        model(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
     return counter.get_total_flops() // 2
