@@ -58,7 +58,7 @@ def test_values_and_gradients(dtype, state, poisoned):
     check(tensors, torch.randn(1, 6, 33, device=DEVICE).to(dtype))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 5), (3, 4, 32)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 5), (3, 4, 32), (2, 14, 20)], ids=str)
 def test_odd_and_single_sizes(shape, poisoned):
     tensors = inputs(*shape, 8)
     check(tensors, torch.randn(*shape, device=DEVICE))
@@ -91,7 +91,7 @@ def test_extreme_steps_stay_finite_and_exact():
     check(tensors, torch.randn(1, 6, 32, device=DEVICE))
 
 
-@pytest.mark.parametrize("length", [1, 9, 40])
+@pytest.mark.parametrize("length", [1, 9, 14, 40])
 def test_in_place_it_gives_the_same(length):
     tensors = inputs(2, length, 33, 8, strided=True)
     with torch.no_grad():
@@ -129,6 +129,15 @@ def test_the_cut_covers_every_token_and_channel_once(batch, length, channels, tr
 def test_few_long_sequences_are_cut_and_many_short_ones_are_not():
     assert cut(1, 12544, 160).chunks * cut(1, 12544, 160).blocks >= 500
     assert cut(128, 196, 160).chunks == 1
+
+
+def test_windows_are_walked_without_masks_by_as_many_warps_as_keep_a_gpu_busy():
+    assert cut(128, 196, 160)[:3] == (16, 10, 7)
+    assert cut(128, 196, 256)[:3] == (32, 8, 7)
+    assert cut(128, 49, 320)[:3] == (32, 10, 7)
+    assert cut(512, 64, 160).group == 8
+    assert cut(512, 65, 160).group == 8  # no group divides it
+    assert cut(128, 49, 320, training=True).group == triton_op.SAVED_GROUP
 
 
 COMPILE = """
