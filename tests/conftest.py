@@ -36,13 +36,17 @@ def seeded():
 @pytest.fixture
 def poisoned(monkeypatch):
     """Uninitialised memory holds NaN, so that what a kernel leaves out shows."""
-    empty = torch.empty
 
-    def filled(*args, **kwargs):
-        made = empty(*args, **kwargs)
-        return made.fill_(float("nan")) if made.dtype.is_floating_point else made
+    def filling(make):
+        def filled(*args, **kwargs):
+            made = make(*args, **kwargs)
+            # Not every kind of 8-bit number can be filled.
+            return made.fill_(float("nan")) if made.dtype.is_floating_point and made.itemsize > 1 else made
 
-    monkeypatch.setattr(torch, "empty", filled)
+        return filled
+
+    for place, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(place, name, filling(getattr(place, name)))
 
 
 @pytest.fixture(scope="session")

@@ -79,6 +79,19 @@ def test_strided_views(dtype, poisoned):
     check(tensors, torch.randn(6, 2, 33, device=DEVICE).to(dtype).transpose(0, 1))
 
 
+def test_strided_parameters(poisoned):
+    x, dt, A, B, C, D, dt_bias = inputs(2, 6, 33, 8)
+    A = A.t().contiguous().t()
+    D, dt_bias = (torch.stack([tensor, tensor + 9], dim=1)[:, 0] for tensor in (D, dt_bias))
+    assert not any(tensor.is_contiguous() for tensor in (A, D, dt_bias))
+    check([x, dt, A, B, C, D, dt_bias], torch.randn(2, 6, 33, device=DEVICE))
+    rates = (-torch.arange(1.0, 9, device=DEVICE)).expand(33, 8)  # the same for every channel
+    with torch.no_grad():
+        found = selective_scan_triton(x, dt, rates, B, C, D[:1].expand(33), dt_bias)
+        expected = selective_scan_reference(x, dt, rates, B, C, D[:1].expand(33), dt_bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("absent", [("D",), ("dt_bias",), ("D", "dt_bias")], ids=str)
 def test_absent_skip_and_bias(absent, poisoned):
     tensors = [None if name in absent else t for name, t in zip(NAMES, inputs(1, 5, 8, 4), strict=True)]

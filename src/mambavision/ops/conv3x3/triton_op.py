@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
-from mambavision.ops.launch import launcher
+from mambavision.ops.launch import dense, launcher
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
@@ -153,7 +153,7 @@ def _launch_kernel(
     unit = common_unit(*strides)
     tiles = triton.cdiv(columns, tile.columns + tile.tail) * triton.cdiv(batch * out_height * out_width, tile.rows)
     launcher(conv3x3_kernel)[(tiles,)](
-        x, weight, scale, bias, residual, out, copy,
+        x, weight, dense(scale), dense(bias), residual, out, copy,
         batch, height, width, out_height, out_width, *(step // unit for step in strides),
         UNIT=unit, CHANNELS=channels, WEIGHT_ROW=weight.stride(0), STRIDE=stride,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, TAIL=tile.tail, BLOCK_K=tile.inner,
@@ -191,7 +191,7 @@ def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, activat
     pixels = out.numel() // columns
     unit = common_unit(columns)
     launcher(finish_kernel)[(triton.cdiv(columns, FINISH_COLUMNS) * triton.cdiv(pixels, FINISH_PIXELS),)](
-        out, bias, out if residual is None else residual, pixels, columns // unit,
+        out, dense(bias), out if residual is None else residual, pixels, columns // unit,
         UNIT=unit, BLOCK_M=FINISH_PIXELS, BLOCK_N=FINISH_COLUMNS, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=4,
     )  # fmt: skip

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
-from mambavision.ops.launch import launcher
+from mambavision.ops.launch import dense, launcher
 from mambavision.ops.layer_norm.kernels import layer_norm_kernel
 
 BLOCK = 4096  # elements a program, so that each thread has two loads of 16 bytes under way
@@ -16,7 +16,7 @@ BLOCK = 4096  # elements a program, so that each thread has two loads of 16 byte
 @triton_op("mambavision::layer_norm", mutates_args=())
 def layer_norm(x: Tensor, offset: Tensor | None, eps: float) -> Tensor:
     """The norm of x + offset, contiguous."""
-    x = x.contiguous()
+    x, offset = x.contiguous(), dense(offset)
     out = torch.empty_like(x)
     channels = x.shape[-1]
     rows = x.numel() // channels

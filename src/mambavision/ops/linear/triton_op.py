@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
-from mambavision.ops.launch import launcher
+from mambavision.ops.launch import dense, launcher
 from mambavision.ops.linear.kernels import linear_kernel
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
@@ -54,7 +54,7 @@ def launch(
     x2, out2 = _rows(x), out.view(-1, columns)
     rows = x2.shape[0]
     residual2 = out2 if residual is None else _rows(residual)
-    weight = weight.contiguous()
+    weight, bias, weight_sum = weight.contiguous(), dense(bias), dense(weight_sum)
     unit = common_unit(inner, x2.stride(0), residual2.stride(0), columns)
 
     def run(tile: Tile) -> None:

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
-from mambavision.ops.launch import launcher
+from mambavision.ops.launch import dense, launcher
 from mambavision.ops.selective_scan import kernels
 
 # Tokens whose loads are issued together: the first that divides the length, for loads without a mask, or the first.
@@ -123,6 +123,7 @@ def scan_backward(
     grad_BC = _float32(x, cuts.blocks, batch, length, 2, state)
     grad_constants = _float32(x, batch * cuts.chunks, state + 2, channels)
     if batch > 0:
+        A, D, dt_bias = _parameters(A, D, dt_bias)
         x, dt, grad_y = (_with_unit_stride(tensor) for tensor in (x, dt, grad_y))
         B, C = _with_vector_rows(B, C.to(B.dtype))
         strides = [tensor.stride(0) for tensor in (x, dt, B, C, grad_y)]
@@ -185,6 +186,7 @@ def _walk(
     batch, length, channels = x.shape
     if batch == 0:
         return
+    A, D, dt_bias = _parameters(A, D, dt_bias)
     x, dt = _with_unit_stride(x), _with_unit_stride(dt)
     B, C = _with_vector_rows(B, C.to(B.dtype))
     strides = [tensor.stride(0) for tensor in (x, dt, B, C, y)]
@@ -242,6 +244,11 @@ def _settings(x: Tensor, A: Tensor, B: Tensor, cuts: Cut, D: Tensor | None, dt_b
 
 def _float32(like: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _parameters(A: Tensor, D: Tensor | None, dt_bias: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As the kernels read them, without gaps."""
+    return A.contiguous(), dense(D), dense(dt_bias)
 
 
 def _with_unit_stride(tensor: Tensor) -> Tensor:
