@@ -34,6 +34,7 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path)
+    torch.backends.cudnn.allow_tf32 = False  # its convolutions would use it; products of matrices do not
     with np.load(parser.parse_args().pictures) as file:
         images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).cuda()
     model = create_model("mamba_vision_nano_32", pretrained=True, device="cuda").eval()

@@ -50,6 +50,25 @@ def test_mixed_precision_follows_full_precision(precision):
     assert histories[0] != histories[1]
 
 
+def test_checkpointing_trains_the_same(monkeypatch):
+    from mambavision.models import backbone
+
+    calls, checkpoint = [], backbone.checkpoint
+    monkeypatch.setattr(
+        backbone, "checkpoint", lambda *args, **kwargs: (calls.append(1), checkpoint(*args, **kwargs))[1]
+    )
+    trained, counts = [], []
+    for asked in (False, True):
+        step = make_step(runtime=RuntimeConfig(grad_checkpointing=asked))
+        step.run(0, [batch()])
+        trained.append(weights(step))
+        counts.append(len(calls))
+    assert counts[0] == 0
+    assert counts[1] >= 4  # a block in each level at least
+    for name, tensor in trained[0].items():
+        torch.testing.assert_close(trained[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_of_accumulated_batches_are_those_of_one_large_batch():
     images, labels = batch(8)
     steps = [make_step(accumulate=parts, optim=OptimConfig(name="sgd", kwargs=PLAIN_SGD)) for parts in (1, 2)]

@@ -175,7 +175,11 @@ def test_aligned_rows_hold_the_weight():
 
 def test_operands_may_have_gaps(poisoned, monkeypatch):
     dtype = TYPES[-1]
-    x, weight, bias = gapped(random(3, 5, 16, dtype=dtype)), gapped(random(24, 16, dtype=dtype)), random(24, dtype=dtype)
+    x, weight, bias = (
+        gapped(random(3, 5, 16, dtype=dtype)),
+        gapped(random(24, 16, dtype=dtype)),
+        random(24, dtype=dtype),
+    )
     residual, sums = gapped(random(3, 5, 24, dtype=dtype)), weight.float().sum(1)
     truth = linear(*wide(x, weight, bias), residual=residual.double(), norm_eps=1e-5)
     usual = linear(x, weight, bias, residual=residual, norm_eps=1e-5, backend="reference")

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import json
+import re
 import sys
 import time
 
@@ -54,6 +55,46 @@ def test_a_batch_that_does_not_fit_is_one_sentence(capsys, monkeypatch):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "does not fit" in captured.err
+
+
+@pytest.mark.parametrize(("command", "pictures"), [("benchmark", 10**8), ("profile", 10**8), ("benchmark", 10**16)])
+def test_more_pictures_than_a_host_holds_are_one_sentence(capsys, command, pictures):
+    assert main([command, TINY, f"--batch-size={pictures}", "--device=cpu", "--img-size=1024"]) == 1
+    assert (
+        f"with {pictures} pictures at once does not fit on cpu; give a smaller --batch-size" in capsys.readouterr().err
+    )
+
+
+def test_other_errors_of_pytorch_are_no_lack_of_memory():
+    def fails(_):
+        raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        measure(subject(fails), 1)
+
+
+def test_each_batch_size_is_compiled_for_itself(monkeypatch):
+    """However many there are: past its limit of recompilations Dynamo would run eagerly, and say so in its log alone."""
+    compiled, compile = [], torch.compile
+
+    def backend(graph, examples):
+        compiled.append([tuple(example.shape) for example in examples if example.shape[1:] == (3, 32, 32)])
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda model, mode, **more: compile(model, backend=backend, **more))
+    network = prepare(TINY, way="compile", dtype="float32", device=CPU, img_size=(32, 32))
+    for batch_size in range(1, 11):
+        measure(network, batch_size, seconds=1e-9)
+    assert compiled == [[(batch_size, 3, 32, 32)] for batch_size in range(1, 11)]
+
+
+def test_attention_of_timm_is_counted_on_every_device():
+    """PyTorch's counter knows no fused attention of a CPU."""
+    pytest.importorskip("timm")
+    counted = prepare("vit_tiny_patch16_224", way="eager", dtype="float32", device=CPU).macs
+    dim, tokens, blocks = 192, 197, 12
+    products = blocks * tokens * (12 * dim * dim + 2 * tokens * dim) + 196 * 768 * dim + dim * 1000
+    assert counted == products
 
 
 @pytest.mark.parametrize("command", ["benchmark", "profile"])
@@ -146,7 +187,8 @@ def test_results_in_every_form(form, capsys):
         assert len(rows) == 4
         assert float(rows[0]["images_per_second"]) > 0
     else:
-        assert captured.out.count("eager float32") == 2
+        assert re.findall(r" (eager|fused) ", captured.out) == ["eager"] * 2 + ["fused"] * 2
+        assert captured.out.count(" GMACs") == 4
         assert max(map(len, captured.out.splitlines())) <= 80
 
 
@@ -162,6 +204,10 @@ def test_the_plot_is_a_picture(tmp_path, capsys):
     [
         (["mamba_vision_tt"], "mamba_vision_T"),
         (["no_such_net"], "timm has no such model either"),
+        (
+            ["maxvit_rmlp_pico_rw_256", "--img-size=200"],
+            "maxvit_rmlp_pico_rw_256 does not take pictures of 200 x 200: ",
+        ),
         (["resnet18", "--way=fused"], "our own networks alone"),
         ([TINY, "--plot=speed.doc"], ".png"),
         ([TINY, "--plot=nowhere/speed.png"], "no folder nowhere"),

@@ -11,7 +11,7 @@ from deterministic_weights import deterministic_images
 from mambavision import create_model
 from mambavision.inference import gpu, optimize
 from mambavision.inference.fuse import fuse
-from mambavision.inference.graphs import MAX_GRAPHS, GraphRunner
+from mambavision.inference.graphs import MAX_GRAPHS, MAX_REMEMBERED, RECORDED_AT, REPLACING_AT, GraphRunner
 from mambavision.inference.images import read_image
 from mambavision.inference.optimization import finished
 from mambavision.inference.picture_files import sample_pictures
@@ -129,6 +129,33 @@ def test_the_head_can_be_replaced():
     torch.testing.assert_close(network(images), network.forward_head(network.forward_features(images)))
 
 
+def test_graphs_are_for_shapes_that_come_again(monkeypatch):
+    runner = GraphRunner(dtype=torch.float32)
+    recorded = []
+
+    def record(function, x):
+        recorded.append(len(x))
+        raise StopIteration  # what follows needs a GPU
+
+    monkeypatch.setattr(runner, "_run_once", lambda function, x, new: ("once", new))
+    monkeypatch.setattr(runner, "_record", record)
+    assert runner.run(None, torch.zeros(1)) == ("once", True)
+    with pytest.raises(StopIteration):
+        runner.run(None, torch.zeros(1))
+    assert recorded == [1]
+    runner._recorded.update({(number,): None for number in range(MAX_GRAPHS)})
+    sights = [runner.run(None, torch.zeros(2)) for _ in range(REPLACING_AT - 1)]
+    assert sights == [("once", True)] + [("once", False)] * (REPLACING_AT - 2)
+    with pytest.raises(StopIteration):
+        runner.run(None, torch.zeros(2))
+    assert recorded == [1, 2]
+    assert len(runner._recorded) == MAX_GRAPHS - 1  # room was made
+    runner._recorded.update({"full": None})
+    for length in range(3, 2 * MAX_REMEMBERED):
+        runner.run(None, torch.zeros(length))
+    assert len(runner._calls) == MAX_REMEMBERED
+
+
 def test_copies_have_no_graphs():
     network = with_kernels(trained().eval())
     images = torch.randn(1, 3, 64, 64)
@@ -236,13 +263,23 @@ def test_graphs_are_replayed_for_new_pictures_and_bounded_in_number():
     network = optimize(model)
     images = [torch.randn(2, 3, 64, 64, device="cuda") for _ in range(3)]
     with torch.inference_mode():  # what is recorded here serves elsewhere too
-        network(images[0])
+        for _ in range(RECORDED_AT):
+            assert difference(network(images[0]), model(images[0])) < 3e-2
+    assert len(network.graphs._recorded) == 1
     with torch.no_grad():
         results = [network(x) for x in images]
         for result, x in zip(results, images, strict=True):  # none was overwritten by the next
             assert difference(result, model(x)) < 3e-2
         for batch in range(1, MAX_GRAPHS + 4):
             network(torch.randn(batch, 3, 64, 64, device="cuda"))
+        assert len(network.graphs._recorded) == 1  # they came but once
+        for batch in range(1, MAX_GRAPHS + 4):
+            network(torch.randn(batch, 3, 64, 64, device="cuda"))
+        assert len(network.graphs._recorded) == MAX_GRAPHS
+        late = torch.randn(MAX_GRAPHS + 3, 3, 64, 64, device="cuda")
+        for _ in range(REPLACING_AT):
+            assert difference(network(late), model(late)) < 3e-2
+        assert (tuple(late.shape), late.device) in network.graphs._recorded
         assert len(network.graphs._recorded) == MAX_GRAPHS
         assert network(images[0][:0]).shape == (0, model.num_classes)
 
@@ -271,7 +308,8 @@ def test_a_runner_follows_changed_weights_and_works_inside_another_graph():
     network = optimize(trained().eval().cuda())
     images = torch.randn(1, 3, 64, 64, device="cuda")
     with torch.no_grad():
-        first = network(images)
+        for _ in range(RECORDED_AT):
+            first = network(images)
         for parameter in network.parameters():
             parameter.mul_(0.9)
         assert difference(network(images), first) > 1e-3
@@ -294,6 +332,8 @@ def test_float32_stays_exact():
 def test_a_runner_gives_copies():
     runner = GraphRunner(dtype=torch.float32)
     a, b = (torch.full((4,), value, device="cuda") for value in (1.0, 2.0))
-    first = runner.run(lambda x: [x + 1, x * 2], a)
+    for _ in range(RECORDED_AT):
+        first = runner.run(lambda x: [x + 1, x * 2], a)
     runner.run(lambda x: [x + 1, x * 2], b)
     assert first[0].tolist() == [2.0] * 4
+    assert len(runner._recorded) == 1

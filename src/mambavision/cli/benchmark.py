@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
                 problems += failures
     if refusals and not measured and not problems:
         raise UsageError(str(refusals[0][1])) from refusals[0][1]
-    problems += [f"{what}: {error}" for what, error in refusals]
+    problems += dict.fromkeys(f"{what}: {error}" for what, error in refusals)  # each once, not for every type
     for problem in problems:
         messages.print(problem)
     if measured:
@@ -143,15 +143,15 @@ def _write_table(measured: Sequence[Measurement], protocol: dict[str, str]) -> N
     from rich.table import Table
 
     table = Table(title=protocol["device"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("model", overflow="fold")
+    table.add_column("model, parameters, work", overflow="fold")
     table.add_column("way", overflow="fold")
     for column in ("px", "batch", "images/s", "ms", "p90", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
     for entry in measured:
         height, width = entry.img_size
         table.add_row(
-            entry.model,
-            f"{entry.way} {entry.dtype}",
+            f"{entry.model}\n{entry.parameters / 1e6:.1f} M, {entry.macs / 1e9:.2f} GMACs",
+            f"{entry.way}\n{entry.dtype}",
             f"{height}" if height == width else f"{height}x{width}",
             f"{entry.batch_size}",
             f"{entry.images_per_second:,.1f}" if entry.images_per_second < 100 else f"{entry.images_per_second:,.0f}",

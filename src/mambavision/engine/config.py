@@ -117,6 +117,8 @@ class RuntimeConfig:
         channels_last: keep pictures and convolutions in channels-last memory order.
         compile: torch.compile the network for training; evaluation stays uncompiled, so odd batches cost nothing.
         compile_mode: its mode.
+        grad_checkpointing: keep the maps between blocks alone and compute the rest again in the backward: less memory,
+            more time.
         log_every: steps between a look at the loss and a log entry; a non-finite loss is noticed there.
         eval_every: epochs between evaluations.
         checkpoint_every: steps between checkpoints within an epoch; 0 writes one after each evaluation only.
@@ -127,6 +129,7 @@ class RuntimeConfig:
     channels_last: bool = False
     compile: bool = False
     compile_mode: CompileMode = "default"
+    grad_checkpointing: bool = False
     log_every: int = 50
     eval_every: int = 1
     checkpoint_every: int = 0

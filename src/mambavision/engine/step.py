@@ -73,6 +73,7 @@ class TrainingStep:
         )
         self.scaler = torch.amp.GradScaler(device.type, enabled=runtime.precision == "float16")
         self.ema = ModelEmaV3(model, decay=optim.ema, use_warmup=optim.ema_warmup) if optim.ema is not None else None
+        model.set_grad_checkpointing(runtime.grad_checkpointing)
         self._network = torch.compile(model, mode=runtime.compile_mode) if runtime.compile else model
         self._teacher: Any = None
         self._mesa_from = config.loss.mesa_start * config.epochs * steps_per_epoch

@@ -13,6 +13,10 @@ from torch import Tensor
 from mambavision.ops.launch import precompiling
 
 MAX_GRAPHS = 8  # shapes; the one used longest ago makes room for a new one
+# Recording takes as long as tens of passes, which a shape that does not come again is not worth. At which of its calls
+# one is recorded: where there is room, and where another must make room.
+RECORDED_AT, REPLACING_AT = 2, 10
+MAX_REMEMBERED = 256  # shapes whose calls are counted
 
 
 class _Recorded(NamedTuple):
@@ -22,7 +26,7 @@ class _Recorded(NamedTuple):
 
 
 class GraphRunner:
-    """Runs a function of one CUDA tensor through a graph for each shape, recorded when the shape first comes.
+    """Runs a function of one CUDA tensor through a graph for each shape that comes more than once.
 
     Results are copies: they stay what they are when the next one is computed. Graphs share one pool of memory. A copy
     of a runner, by `copy` or `pickle`, has no graphs yet. Threads take turns, and must use one CUDA stream.
@@ -36,6 +40,7 @@ class GraphRunner:
         self.dtype = dtype
         self.memory_format = memory_format
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
+        self._calls: OrderedDict[Hashable, int] = OrderedDict()  # of shapes that have no graph
         self._pool: Any = None
         self._turn = threading.RLock()
 
@@ -45,8 +50,13 @@ class GraphRunner:
         with self._turn:
             recorded = self._recorded.get(key)
             if recorded is None:
-                if len(self._recorded) >= MAX_GRAPHS:
+                calls = self._count(key)
+                full = len(self._recorded) >= MAX_GRAPHS
+                if calls < (REPLACING_AT if full else RECORDED_AT):
+                    return self._run_once(function, x, new=calls == 1)
+                if full:
                     self._recorded.popitem(last=False)
+                del self._calls[key]
                 recorded = self._recorded[key] = self._record(function, x)
             self._recorded.move_to_end(key)
             recorded.input.copy_(x)
@@ -58,10 +68,26 @@ class GraphRunner:
         """Forget all graphs, as after a change of the weights."""
         with self._turn:
             self._recorded.clear()
+            self._calls.clear()
             self._pool = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_runner, (self.dtype, self.memory_format)
+
+    def _count(self, key: Hashable) -> int:
+        """How often a shape without a graph has come, this call included."""
+        self._calls[key] = self._calls.pop(key, 0) + 1  # behind all others
+        if len(self._calls) > MAX_REMEMBERED:
+            self._calls.popitem(last=False)
+        return self._calls[key]
+
+    def _run_once(self, function: Callable[[Tensor], Any], x: Tensor, *, new: bool) -> Any:
+        with torch.cuda.device(x.device), torch.no_grad():
+            x = x.to(dtype=self.dtype, memory_format=self.memory_format)
+            if new:
+                with precompiling():
+                    function(x)
+            return function(x)
 
     def _record(self, function: Callable[[Tensor], Any], x: Tensor) -> _Recorded:
         # Not under inference_mode, whose tensors could not be written to outside of it.
@@ -71,8 +97,6 @@ class GraphRunner:
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(aside):
-                with precompiling():
-                    function(static)
                 for _ in range(2):  # libraries choose and take their work space
                     function(static)
             torch.cuda.current_stream().wait_stream(aside)

@@ -33,8 +33,8 @@ def optimize(
 
     The copy has the interface of `model`: it takes pictures of any floating type and gives results in that type. Norms,
     layer scale and the final norm are folded into their neighbours and projections are merged (`fuse`). On a CUDA
-    device the rest runs in half precision through fused kernels (a warning says why where it cannot), recorded in a
-    CUDA graph for each of the last shapes (`graphs.MAX_GRAPHS`; the first call of a shape records). On a CPU see
+    device the rest runs in half precision through fused kernels (a warning says why where it cannot), replayed from a
+    CUDA graph for each of a few shapes (`graphs.MAX_GRAPHS`; a shape's second call records). On a CPU see
     `inference.cpu`; elsewhere it is folded and cast. `model` itself is left as it is.
 
     Args:

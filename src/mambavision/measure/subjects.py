@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mambavision.config import VARIANTS, UnknownVariantError, get_config
@@ -103,14 +104,18 @@ def prepare(
             model, size = _from_timm(name, img_size)
             model = model.to(device, TYPES[dtype])  # now: some keep what they form of their weights in the first pass
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        macs = _macs(model, size)
+        try:
+            macs = _macs(model, size)
+        except AssertionError as error:  # how timm's models check sizes
+            raise ValueError(f"{name} does not take pictures of {size[0]} x {size[1]}: {error}.") from error
         if prepared is not None:
             model = prepared(model, TYPES[dtype])
         if not casts:
             model = model.to(dtype=TYPES[dtype], memory_format=torch.channels_last)  # type: ignore[call-overload]
     run: Callable[[Tensor], Any] = model
     if compiled:  # CUDA graphs where there are any: launches would hide what the kernels do
-        run = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None)
+        # For one batch size at a time: `timing.measure` has it compiled anew for the next.
+        run = torch.compile(model, mode="reduce-overhead" if device.type == "cuda" else None, dynamic=False)
     return Subject(
         name=name,
         way=way,
@@ -151,8 +156,7 @@ def _from_timm(name: str, img_size: tuple[int, int] | None) -> tuple[nn.Module, 
 def _macs(model: nn.Module, size: tuple[int, int]) -> int:
     if isinstance(model, MambaVisionBackbone):
         return count_complexity(model, size).macs
-    counter = FlopCounterMode(display=False)
-    with counter:
-        weight = next(model.parameters())
+    counter, weight = FlopCounterMode(display=False), next(model.parameters())
+    with counter, sdpa_kernel(SDPBackend.MATH):  # not every device's fused attention is counted
         model(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
     return counter.get_total_flops() // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import platform
 import shutil
 import statistics
@@ -14,10 +15,11 @@ from pathlib import Path
 import torch
 
 from mambavision.measure.memory import OutOfMemoryError, fitting
-from mambavision.measure.subjects import Subject
+from mambavision.measure.subjects import WAYS, Subject
 
 WARM_UP_PASSES = 5  # at least
 MIN_PASSES = 10
+VERSIONS = ("mambavision", "triton", "timm")  # of what makes the speed beside PyTorch
 LARGEST_BATCH = 4096
 WORTH_DOUBLING = 1.03  # a batch of twice the size must bring so much more images/s for the search to go on
 
@@ -60,10 +62,16 @@ class Measurement:
 def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measurement:
     """Time forward passes for at least `seconds` and `MIN_PASSES`, each waited for, after a warm-up of half of that.
 
+    What is compiled is compiled for this batch size alone.
+
     Raises:
         OutOfMemoryError: the batch does not fit.
     """
     cuda = subject.device.type == "cuda"
+    if WAYS[
+        subject.way
+    ].compiled:  # else the next sizes would share a slower form, or silently none past Dynamo's limit
+        torch.compiler.reset()
     what = f"{subject.name} ({subject.way}, {subject.dtype}) with {batch_size} pictures at once"
     with (
         fitting(what, subject.device, "give a smaller --batch-size, or auto to have one found"),
@@ -129,14 +137,19 @@ def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Measurement:
 def describe_protocol(device: torch.device, seconds: float) -> dict[str, str]:
     """What a reader must know to compare: how it was timed, where, and with which versions."""
     described = {
-        "protocol": f"random weights and pictures, channels-last; warm-up {seconds / 2:g} s, then passes for "
-        f"{seconds:g} s ({MIN_PASSES} at least), each waited for; median and 90th percentile",
+        "protocol": f"random weights and pictures, channels-last; warm-up {seconds / 2:g} s ({WARM_UP_PASSES} passes at "
+        f"least), then passes for {seconds:g} s ({MIN_PASSES} at least), each waited for; median and 90th percentile",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+    for package in VERSIONS:
+        try:
+            described[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
     described["device"] = describe_device(device)
     if device.type == "cuda":
-        described |= {"cuda": str(torch.version.cuda), "clocks": _gpu_clocks()}
+        described |= {"cuda": str(torch.version.cuda), "clocks": _gpu_clocks(device)}
     return described
 
 
@@ -184,8 +197,9 @@ def _wait(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _gpu_clocks() -> str:
+def _gpu_clocks(device: torch.device) -> str:
     query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.max.sm,clocks.mem", "--format=csv,noheader"]
+    query.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")  # PyTorch may number them otherwise
     if shutil.which(query[0]) is None:
         return "unknown"
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
