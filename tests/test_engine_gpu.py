@@ -59,7 +59,7 @@ def test_half_precision_trains_without_nan_and_near_float32(precision):
 
 
 def gradient(device, precision, *, compiled=False):
-    """That of the packaged model's loss, as one vector of float64; `precision` is of autocast, or float64 throughout."""
+    """That of the packaged model's loss, as one vector of float64; `precision` is autocast's, or float64 throughout."""
     draw = torch.Generator().manual_seed(0)
     pictures = torch.randn(32, 3, 32, 32, generator=draw)
     labels = torch.randint(0, 10, (32,), generator=draw)

@@ -74,14 +74,14 @@ def test_other_errors_of_pytorch_are_no_lack_of_memory():
 
 
 def test_each_batch_size_is_compiled_for_itself(monkeypatch):
-    """However many there are: past its limit of recompilations Dynamo would run eagerly, and say so in its log alone."""
+    """However many there are: past its limit of recompilations Dynamo would run eagerly, and only its log would say."""
     compiled, compile = [], torch.compile
 
     def backend(graph, examples):
         compiled.append([tuple(example.shape) for example in examples if example.shape[1:] == (3, 32, 32)])
         return graph
 
-    monkeypatch.setattr(torch, "compile", lambda model, mode, **more: compile(model, backend=backend, **more))
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic, **_: compile(model, backend=backend, dynamic=dynamic))
     network = prepare(TINY, way="compile", dtype="float32", device=CPU, img_size=(32, 32))
     for batch_size in range(1, 11):
         measure(network, batch_size, seconds=1e-9)

@@ -133,11 +133,11 @@ def test_graphs_are_for_shapes_that_come_again(monkeypatch):
     runner = GraphRunner(dtype=torch.float32)
     recorded = []
 
-    def record(function, x):
+    def record(_, x):
         recorded.append(len(x))
         raise StopIteration  # what follows needs a GPU
 
-    monkeypatch.setattr(runner, "_run_once", lambda function, x, new: ("once", new))
+    monkeypatch.setattr(runner, "_run_once", lambda *_, new: ("once", new))
     monkeypatch.setattr(runner, "_record", record)
     assert runner.run(None, torch.zeros(1)) == ("once", True)
     with pytest.raises(StopIteration):

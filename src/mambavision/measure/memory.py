@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 
-
 # How PyTorch says it where it has no exception of its own for it: memory of the host, of MPS, sizes beyond 2^63.
 _SIGNS = ("DefaultCPUAllocator", "out of memory", "Storage size calculation overflowed")
 

@@ -137,8 +137,9 @@ def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Measurement:
 def describe_protocol(device: torch.device, seconds: float) -> dict[str, str]:
     """What a reader must know to compare: how it was timed, where, and with which versions."""
     described = {
-        "protocol": f"random weights and pictures, channels-last; warm-up {seconds / 2:g} s ({WARM_UP_PASSES} passes at "
-        f"least), then passes for {seconds:g} s ({MIN_PASSES} at least), each waited for; median and 90th percentile",
+        "protocol": f"random weights and pictures, channels-last; warm-up {seconds / 2:g} s ({WARM_UP_PASSES} passes "
+        f"at least), then passes for {seconds:g} s ({MIN_PASSES} at least), each waited for; median and "
+        "90th percentile",
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -23,6 +24,7 @@ from mambavision.layers.plain import has_hooks
 from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import TokenBlock, run_blocks
 from mambavision.layers.window import window_partition, window_reverse
+from mambavision.models.modes import recomputing
 
 
 class Level(nn.Module):
@@ -47,10 +49,19 @@ class Level(nn.Module):
             x = run_blocks(cast("Iterable[TokenBlock]", self.blocks), x)
         else:
             for block in self.blocks:
-                x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+                x = _checkpointed(block, x) if checkpointing else block(x)
         if self.window_size is not None:
             x = window_reverse(x, self.window_size, height, width)
         return x
+
+
+def _checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+    """The block on x, computed again in the backward. Compiled graphs change buffers in the forward alone."""
+    if torch.compiler.is_compiling():
+        y = checkpoint(block, x, use_reentrant=False)
+    else:
+        y = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), recomputing(block)))
+    return cast("Tensor", y)
 
 
 class FeatureInfo(list[dict[str, Any]]):

@@ -1,4 +1,4 @@
-"""Training and evaluation mode."""
+"""Training and evaluation mode, and what lies between them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
@@ -18,3 +19,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def recomputing(module: nn.Module) -> Iterator[None]:
+    """While it lasts, batch norms leave their running statistics as they are: they have counted this batch before."""
+    norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
+    settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, counter) in zip(norms, settings, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter

@@ -2,9 +2,9 @@
 
 One thread walks one channel: its states live in registers, and the sum over the states stays inside the thread. A warp
 walks 32 neighbouring channels of a sequence, so loads of x and dt are whole lines, and B and C are the same for all its
-threads. (Few whole sequences in inference go by 16 channels a warp, two threads each: see `triton_op.cut`.) What the walk
-costs is counted in instructions: about 90 a token for 8 states of 16 bits, 9 of them exponentials, which have a slower
-unit of their own. Hence what looks roundabout below:
+threads. (Few whole sequences in inference go by 16 channels a warp, two threads each: see `triton_op.cut`.) What the
+walk costs is counted in instructions: about 90 a token for 8 states of 16 bits, 9 of them exponentials, which have a
+slower unit of their own. Hence what looks roundabout below:
 
 - Loads run one group of tokens ahead of their use. With so few warps a scheduler nothing else hides their latency.
 - 16-bit B and C come as 32-bit pairs, which a shift and a mask widen: with fewer instructions than the compiler's own
