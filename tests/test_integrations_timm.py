@@ -3,6 +3,8 @@
 import copy
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -387,3 +389,14 @@ def test_timms_optimizer_groups_every_parameter(tiny):
     assert scale["head.weight"] == 1
     assert decay["levels.2.blocks.0.mixer.A_log"] == decay["levels.2.blocks.0.mixer.D"] == 0
     assert decay["levels.2.blocks.0.mixer.in_proj.weight"] == 0.1
+
+
+# --- without timm -----------------------------------------------------------------------------------------------------
+
+
+def test_without_timm_one_sentence_tells_what_to_install():
+    script = "import sys; sys.modules['timm'] = None; import mambavision.integrations.timm"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        'ModuleNotFoundError: timm is not installed; run pip install "timm>=1.0.26", or install mambavision[timm].'
+    )

@@ -14,6 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+try:
+    import timm  # noqa: F401  (asked for here, so that its absence is one sentence)
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'timm is not installed; run pip install "timm>=1.0.26", or install mambavision[timm].', name="timm"
+    ) from error
+
 import torch
 from timm.layers import SelectAdaptivePool2d
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
