@@ -200,13 +200,15 @@ def test_type_and_device():
     assert model(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_compiles_and_copies(tiny):
+def test_is_compiled_copied_exported_and_traced(tiny):
     images = deterministic_images(2, 64, 64)
     with torch.no_grad():
         expected = tiny(images)
         compiled = torch.compile(tiny, fullgraph=True, backend="eager")  # the graph alone
         torch.testing.assert_close(compiled(images), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(copy.deepcopy(tiny)(images), expected)
+        torch.testing.assert_close(torch.export.export(tiny, (images,), strict=False).module()(images), expected)
+        torch.testing.assert_close(torch.jit.trace(tiny, images)(images), expected)
 
 
 # --- head and pooling -------------------------------------------------------------------------------------------------
