@@ -161,3 +161,14 @@ def test_peers_that_are_as_accurate_as_ours_and_faster_are_named(tables):
     (said,) = re.findall(r"No other model that was timed here[^.]*\.", (tables.ROOT / "docs/speed.md").read_text())
     assert {peer for _, peer in faster} == set(re.findall(r"`(\w+)`", said))
     assert {name for name, _ in faster} <= {"L"}
+
+
+def test_the_picture_of_the_front_is_of_the_present_results(tables):
+    pytest.importorskip("matplotlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        front = importlib.import_module("front")
+    picture = (tables.ROOT / "docs/front.svg").read_text(encoding="utf-8")
+    assert front.fingerprint() in picture, "run python benchmarks/front.py"
+    for kind in front.points()[0].values():
+        assert [name for *_, name in kind if f"<!-- {name} -->" not in picture] == []
