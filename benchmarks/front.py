@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from mambavision.files import replaced_when_done
-from readme_tables import OURS, best_ways
+from readme_tables import OURS, REFERENCE, best_ways
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -32,7 +32,6 @@ STYLES = {
     "peer": {"color": "#6b7280", "marker": "^", "linestyle": "none", "zorder": 1},
 }
 
-REFERENCE = "convnext_tiny"  # what `relative` is relative to
 USUAL = "224 x 224"  # size of the pictures; another is said
 MARKER_SIZE = 8  # pixels at the resolution in which names are placed
 LINE_WIDTH = 3  # the same, for the lines between points
