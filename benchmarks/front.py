@@ -16,6 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -169,7 +170,8 @@ def main() -> None:
     figure = draw()
     metadata = {".png": None, ".svg": {"Date": None, "Description": fingerprint()}}
     for path in (DOCS / "front.png", DOCS / "front.svg"):
-        with replaced_when_done(path) as temporary:
+        # The names of the SVG's parts are random without a salt, and every drawing of the same would differ.
+        with replaced_when_done(path) as temporary, matplotlib.rc_context({"svg.hashsalt": "front"}):
             figure.savefig(temporary, format=path.suffix[1:], dpi=130, metadata=metadata[path.suffix])
         print(f"wrote {path}")
 
