@@ -29,6 +29,8 @@ BLOCK = re.compile(r"(?P<begin><!-- begin:(?P<name>[\w-]+) -->\n).*?(?P<end><!--
 MARKER = re.compile(r"<!-- (?:begin|end):[\w-]+ -->")
 UNMEASURED = "*Not measured yet.*"
 OURS = "mamba_vision_"  # what the names of our models begin with
+REFERENCE = "convnext_tiny"  # which every run times: what `relative` is relative to
+LARGE = "convnext_large"  # to which the largest of ours are compared, too
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("rival_top1", "its top-1 %", ".1f"),
         Column("rival_relative", "relative to convnext_tiny", ".2f"),
         Column("ratio", "ours over it", ".2f"),
+        Column("over_large", f"ours over {LARGE}", ".2f"),
+        Column("over_original", "ours over the original", ".2f"),
     ),
     "others_h200": (
         Column("model", "model"),
@@ -226,25 +230,41 @@ def best_ways(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(best.values(), key=lambda row: -row["relative"])
 
 
-def rivals(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each model of ours beside the fastest of the others that is at least as accurate."""
+def rivals(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each model of ours beside the fastest of timm's that is at least as accurate, convnext_large and the original.
+
+    Args:
+        rows: of our run.
+        others: of the run of the original, to which only ratios to convnext_tiny compare. They are taken of images per
+            second, since `relative` is rounded.
+    """
     best = best_ways(rows)
-    others = [row for row in best if not row["model"].startswith(OURS)]
+    peers = [row for row in best if not row["model"].startswith(OURS)]
+    speed = {row["model"]: row["images_per_second"] for row in best}
+    originals = {row["model"]: row["images_per_second"] for row in others if row["kind"] == "original"}
+    reference = next((row["images_per_second"] for row in others if row["model"] == REFERENCE), None)
     pairs = []
     for row in best:
-        if row["model"].startswith(OURS):
-            rival = next((other for other in others if other["top1"] >= row["top1"]), None)
-            pairs.append({key: row[key] for key in ("model", "top1", "relative")})
-            if rival is not None:
-                pairs[-1] |= {"rival": rival["model"], "rival_top1": rival["top1"], "rival_relative": rival["relative"]}
-                pairs[-1]["ratio"] = row["images_per_second"] / rival["images_per_second"]
+        name = row["model"]
+        if not name.startswith(OURS):
+            continue
+        pair = {key: row[key] for key in ("model", "top1", "relative")}
+        rival = next((peer for peer in peers if peer["top1"] >= row["top1"]), None)
+        if rival is not None:
+            pair |= {"rival": rival["model"], "rival_top1": rival["top1"], "rival_relative": rival["relative"]}
+            pair["ratio"] = speed[name] / speed[rival["model"]]
+        if LARGE in speed:
+            pair["over_large"] = speed[name] / speed[LARGE]
+        if name in originals and REFERENCE in speed and reference:
+            pair["over_original"] = (speed[name] / speed[REFERENCE]) / (originals[name] / reference)
+        pairs.append(pair)
     return pairs
 
 
-# Tables that show a part of another one's file.
-PARTS: dict[str, tuple[str, Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]]]] = {
-    "gpu_front": ("gpu_inference", best_ways),
-    "gpu_rivals": ("gpu_inference", rivals),
+# Tables that show a part of other files; the origin of the first stands below the table.
+PARTS: dict[str, tuple[tuple[str, ...], Callable[..., list[dict[str, Any]]]]] = {
+    "gpu_front": (("gpu_inference",), best_ways),
+    "gpu_rivals": (("gpu_inference", "others_h200"), rivals),
 }
 SHOWN_VERSIONS = ("python", "torch", "timm")  # the result has the others too
 
@@ -263,20 +283,26 @@ def render(name: str, results: Path = RESULTS) -> str:
         raise TableError(f"There is no table {name!r}; there are {', '.join(TABLES)}.")
     if name == "models":
         return "\n".join(_table(_weights(), TABLES[name])) + "\n"
-    file, part = PARTS.get(name, (name, list))
-    path = results / f"{file}.json"
-    if not path.exists():
+    files, part = PARTS.get(name, ((name,), list))
+    paths = [results / f"{file}.json" for file in files]
+    if not all(path.exists() for path in paths):
         return f"{UNMEASURED}\n"
-    result = json.loads(path.read_text(encoding="utf-8"))
-    needed = {"rows", "command", "commit", "device", "versions", "date", "note"}
-    if absent := sorted(needed - set(result)):
-        raise TableError(f"{path} lacks {', '.join(absent)}.")
-    rows, columns = part(result["rows"]), TABLES[name]
+    contents = [_read(path) for path in paths]
+    path, result = paths[0], contents[0]
+    rows, columns = part(*(content["rows"] for content in contents)), TABLES[name]
     known = {key for row in rows for key in row}
     if absent := [column.key for column in columns if column.key not in known]:
         raise TableError(f"The rows of {path} lack {', '.join(absent)}; they have {', '.join(sorted(known))}.")
     note = [result["note"], ""] if result["note"] else []
     return "\n".join([*_table(rows, columns), "", *note, _provenance(result)]) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    needed = {"rows", "command", "commit", "device", "versions", "date", "note"}
+    if absent := sorted(needed - set(result)):
+        raise TableError(f"{path} lacks {', '.join(absent)}.")
+    return result
 
 
 def fill(text: str, document: str, results: Path = RESULTS) -> str:

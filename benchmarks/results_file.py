@@ -20,7 +20,20 @@ from rich.table import Table
 from mambavision.measure.timing import describe_device
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("mambavision", "numpy", "onnxruntime", "onnxruntime-gpu", "timm", "torch", "torchvision", "triton")
+PACKAGES = (
+    "accelerate",
+    "executorch",
+    "mambavision",
+    "numpy",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "timm",
+    "torch",
+    "torchvision",
+    "transformers",
+    "triton",
+)
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

@@ -1,5 +1,7 @@
 """Where kernels can be tested, and how those with gradients are held to float64."""
 
+import os
+
 import pytest
 import torch
 
@@ -9,10 +11,18 @@ HALVES = (torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float16
 
 
 def require_triton():
-    """Skip the module, or the test, where kernels run neither on a GPU nor in Triton's interpreter."""
-    pytest.importorskip("triton", "3.3")
-    if DEVICE == "cpu" and torch.__version__ < "2.13":  # compared as versions
-        pytest.skip("PyTorch older than 2.13 launches no interpreted kernels", allow_module_level=True)
+    """Skip the module, or the test, where kernels run neither on a GPU nor in Triton's interpreter.
+
+    With MAMBAVISION_REQUIRE_TRITON in the environment that is a failure.
+    """
+    try:
+        pytest.importorskip("triton", "3.3")
+        if DEVICE == "cpu" and torch.__version__ < "2.13":  # compared as versions
+            pytest.skip("PyTorch older than 2.13 launches no interpreted kernels", allow_module_level=True)
+    except pytest.skip.Exception as skipped:
+        if os.environ.get("MAMBAVISION_REQUIRE_TRITON"):
+            pytest.fail(f"MAMBAVISION_REQUIRE_TRITON is set, and {skipped}", pytrace=False)
+        raise
 
 
 def random(*shape, dtype=torch.float32, scale=1.0):

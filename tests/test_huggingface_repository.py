@@ -32,6 +32,7 @@ from mambavision.integrations.huggingface import (
     MambaVisionConfig,
     MambaVisionForImageClassification,
     MambaVisionModel,
+    auto_classes,
 )
 from mambavision.weights import WEIGHTS
 from mambavision.weights.hub_config import hub_fields
@@ -151,7 +152,7 @@ def test_the_original_examples_run(cached_repository, tiny_variant):
     assert all(torch.equal(a, b) for a, b in zip(ran["features"], maps, strict=True))
 
 
-def test_pipeline_processor_and_backbone_come_by_the_repository_name(cached_repository, tiny_variant, monkeypatch):
+def test_pipeline_processor_and_backbone_come_by_the_repository_name(cached_repository, tiny_variant):
     name = "nvidia/MambaVision-T-1K"
     processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=True)
     x = torch.as_tensor(processor(Image.open("cat.jpg"), return_tensors="pt")["pixel_values"])
@@ -162,13 +163,69 @@ def test_pipeline_processor_and_backbone_come_by_the_repository_name(cached_repo
         (best,) = classify("cat.jpg", top_k=1)
         assert best["label"] == f"name {expected.argmax()}"
         assert best["score"] == pytest.approx(expected.max().item(), rel=1e-4)
-    # transformers asks the hub whether there is such a repository, or takes the name for one of timm's.
-    if hasattr(transformers.models.auto.auto_factory, "hf_api"):
-        hub = SimpleNamespace(repo_exists=lambda _: True)
-        monkeypatch.setattr(transformers.models.auto.auto_factory, "hf_api", lambda: hub)
-        backbone = AutoBackbone.from_pretrained(name, out_features=["stage2", "stage4"])
-        assert type(backbone) is MambaVisionBackbone
-        assert backbone.channels == [160, 640]
+    backbone = AutoBackbone.from_pretrained(name, out_features=["stage2", "stage4"])
+    assert type(backbone) is MambaVisionBackbone
+    assert backbone.channels == [160, 640]
+
+
+# ---- backbones -------------------------------------------------------------------------------------------------------
+
+
+@TRUST
+@pytest.mark.parametrize("more", [{}, {"use_timm_backbone": False, "code_revision": None}], ids=["", "auto arguments"])
+def test_a_backbone_comes_from_a_folder(repository, network, trust, more):
+    backbone, found = AutoBackbone.from_pretrained(
+        str(repository), out_features=["stage1", "stage3"], output_loading_info=True, **trust, **more
+    )
+    assert type(backbone) is MambaVisionBackbone
+    assert not any(found[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    x = pictures()
+    _, maps = network.forward_intermediates(x)
+    assert all(torch.equal(a, b) for a, b in zip(backbone(x).feature_maps, (maps[0], maps[2]), strict=True))
+
+
+def test_a_saved_backbone_comes_back_with_its_stages_or_with_those_of_a_configuration(tmp_path):
+    MambaVisionBackbone(tiny_config(out_features=["stage2"])).save_pretrained(tmp_path)
+    assert AutoBackbone.from_pretrained(tmp_path).out_features == ["stage2"]
+    assert AutoBackbone.from_pretrained(tmp_path, out_indices=[1, 4]).out_features == ["stage1", "stage4"]
+    config = AutoConfig.from_pretrained(tmp_path, out_features=["stage3"])
+    assert AutoBackbone.from_pretrained(tmp_path, config=config).out_features == ["stage3"]
+
+
+def test_a_head_for_segmentation_takes_the_configuration_of_a_folder(repository, network):
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    backbone = AutoBackbone.from_pretrained(repository, out_features=stages)
+    config = transformers.UperNetConfig(
+        backbone_config=AutoConfig.from_pretrained(repository, out_features=stages),
+        hidden_size=8,
+        auxiliary_in_channels=32,
+        auxiliary_channels=8,
+        num_labels=3,
+    )
+    model = transformers.UperNetForSemanticSegmentation(config).eval()
+    assert type(model.backbone) is MambaVisionBackbone
+    model.backbone.load_state_dict(backbone.state_dict())
+    x = pictures()
+    _, maps = network.forward_intermediates(x)
+    assert all(torch.equal(a, b) for a, b in zip(model.backbone(x).feature_maps, maps, strict=True))
+
+
+def test_backbones_of_others_go_on_to_transformers(tmp_path, monkeypatch):
+    """What is not here is asked of nobody on our behalf."""
+    asked = []
+    monkeypatch.setattr(
+        auto_classes, "MambaVisionBackbone", SimpleNamespace(from_pretrained=lambda *_, **__: pytest.fail("ours"))
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps({"model_type": "resnet"}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(
+        "huggingface_hub.file_download.get_hf_file_metadata", lambda *_, **__: pytest.fail("the hub was asked")
+    )
+    for name in (str(tmp_path / "other"), "resnet50", "someone/absent"):
+        given = {"out_indices": [1], "use_timm_backbone": True}
+        auto_classes._backbone_of_ours(lambda *inputs, **kwargs: asked.append((inputs, kwargs)), name, 7, **given)
+        assert asked.pop() == ((name, 7), given)
 
 
 # ---- image processors that the repository does not bring -------------------------------------------------------------

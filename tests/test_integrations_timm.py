@@ -3,6 +3,8 @@
 import copy
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -198,13 +200,15 @@ def test_type_and_device():
     assert model(torch.zeros(1, 3, 64, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_compiles_and_copies(tiny):
+def test_is_compiled_copied_exported_and_traced(tiny):
     images = deterministic_images(2, 64, 64)
     with torch.no_grad():
         expected = tiny(images)
         compiled = torch.compile(tiny, fullgraph=True, backend="eager")  # the graph alone
         torch.testing.assert_close(compiled(images), expected, rtol=1e-5, atol=1e-6)
         assert torch.equal(copy.deepcopy(tiny)(images), expected)
+        torch.testing.assert_close(torch.export.export(tiny, (images,), strict=False).module()(images), expected)
+        torch.testing.assert_close(torch.jit.trace(tiny, images)(images), expected)
 
 
 # --- head and pooling -------------------------------------------------------------------------------------------------
@@ -387,3 +391,14 @@ def test_timms_optimizer_groups_every_parameter(tiny):
     assert scale["head.weight"] == 1
     assert decay["levels.2.blocks.0.mixer.A_log"] == decay["levels.2.blocks.0.mixer.D"] == 0
     assert decay["levels.2.blocks.0.mixer.in_proj.weight"] == 0.1
+
+
+# --- without timm -----------------------------------------------------------------------------------------------------
+
+
+def test_without_timm_one_sentence_tells_what_to_install():
+    script = "import sys; sys.modules['timm'] = None; import mambavision.integrations.timm"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == (
+        'ModuleNotFoundError: timm is not installed; run pip install "timm>=1.0.26", or install mambavision[timm].'
+    )

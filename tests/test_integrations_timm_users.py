@@ -6,7 +6,7 @@ import torch
 from deterministic_weights import deterministic_images
 from mambavision import create_model
 
-pytest.importorskip("mambavision.integrations.timm")
+integration = pytest.importorskip("mambavision.integrations.timm")
 
 TINY = "mamba_vision_test_tiny"
 NANO = "mamba_vision_nano_32"
@@ -36,6 +36,27 @@ def test_segmentation_sees_the_pretrained_maps(segmentation):
     images = deterministic_images(1, 32, 64)
     expected = create_model(NANO, pretrained=True, features_only=True)(images)
     assert all(torch.equal(left, right) for left, right in zip(encoder(images), expected, strict=True))
+
+
+def test_segmentation_with_the_packaged_model(segmentation):
+    """Its stride is 8, so there are three steps up; docs/timm.md shows it."""
+    network = segmentation.Unet(
+        f"tu-{NANO}.cifar10", encoder_weights=True, encoder_depth=3, decoder_channels=(64, 32, 16), classes=5
+    ).eval()
+    assert network.encoder.output_stride == 8
+    assert network(torch.zeros(1, 3, 40, 64)).shape == (1, 5, 40, 64)
+
+
+@pytest.mark.parametrize("decoder", integration.UNDILATED)
+def test_segmentation_by_every_decoder_that_is_named(segmentation, decoder):
+    network = getattr(segmentation, decoder)(f"tu-{TINY}", encoder_weights=None, classes=3).eval()
+    assert network(torch.zeros(1, 3, 64, 96)).shape == (1, 3, 64, 96)
+
+
+@pytest.mark.parametrize("decoder", ["DeepLabV3", "DeepLabV3Plus", "PAN"])
+def test_a_decoder_that_wants_a_dilated_encoder_is_told_so(segmentation, decoder):
+    with pytest.raises(TypeError, match=r"fixed stride of 32 and no dilated form\. .* Unet, .*, DPT do without\."):
+        getattr(segmentation, decoder)(f"tu-{TINY}", encoder_weights=None)
 
 
 def test_segmentation_with_other_channels_and_fewer_levels(segmentation):

@@ -129,8 +129,17 @@ def test_each_of_ours_stands_beside_the_fastest_that_is_as_accurate(tables):
         row("better", 84.0, 1.0, way="eager"),
         row("larger pictures", 84.0, 0.5, picture="384 x 384"),
         row("worse", 81.9, 8.0),
+        row("convnext_tiny", 81.0, 1.0),
+        row("convnext_tiny", 81.0, 0.5, way="eager"),
+        row("convnext_large", 83.0, 0.25),
+        row("convnext_large", 83.0, 0.125, way="eager"),
     ]
-    assert tables.rivals(rows) == [
+    others = [
+        {"model": "mamba_vision_T", "kind": "original", "images_per_second": 200},
+        {"model": "convnext_tiny", "kind": "peer", "images_per_second": 100},  # of a slower machine
+        {"model": "mamba_vision_L", "kind": "another", "images_per_second": 1},
+    ]
+    assert tables.rivals(rows, others) == [
         {
             "model": "mamba_vision_T",
             "top1": 82.0,
@@ -139,8 +148,10 @@ def test_each_of_ours_stands_beside_the_fastest_that_is_as_accurate(tables):
             "rival_top1": 84.0,
             "rival_relative": 2.0,
             "ratio": 1.5,
+            "over_large": 12.0,
+            "over_original": 1.5,
         },
-        {"model": "mamba_vision_L", "top1": 85.0, "relative": 1.0},
+        {"model": "mamba_vision_L", "top1": 85.0, "relative": 1.0, "over_large": 4.0},
     ]
 
 
@@ -161,3 +172,14 @@ def test_peers_that_are_as_accurate_as_ours_and_faster_are_named(tables):
     (said,) = re.findall(r"No other model that was timed here[^.]*\.", (tables.ROOT / "docs/speed.md").read_text())
     assert {peer for _, peer in faster} == set(re.findall(r"`(\w+)`", said))
     assert {name for name, _ in faster} <= {"L"}
+
+
+def test_the_picture_of_the_front_is_of_the_present_results(tables):
+    pytest.importorskip("matplotlib")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        front = importlib.import_module("front")
+    picture = (tables.ROOT / "docs/front.svg").read_text(encoding="utf-8")
+    assert front.fingerprint() in picture, "run python benchmarks/front.py"
+    for kind in front.points()[0].values():
+        assert [name for *_, name in kind if f"<!-- {name} -->" not in picture] == []

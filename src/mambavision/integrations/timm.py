@@ -14,6 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+try:
+    import timm  # noqa: F401  (asked for here, so that its absence is one sentence)
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        'timm is not installed; run pip install "timm>=1.0.26", or install mambavision[timm].', name="timm"
+    ) from error
+
 import torch
 from timm.layers import SelectAdaptivePool2d
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
@@ -29,6 +36,7 @@ from mambavision.weights.loading import check_fit
 from mambavision.weights.reading import FIRST_CONV, HUB_MODEL, weights_within, without_prefixes
 
 POOLS = ("avg", "max", "avgmax", "catavgmax", "")
+UNDILATED = ("Unet", "UnetPlusPlus", "FPN", "PSPNet", "MAnet", "Linknet", "UPerNet", "Segformer", "DPT")
 TAGS = {"ImageNet-1K": "in1k", "ImageNet-21K, ImageNet-1K": "in21k_ft_in1k", "CIFAR-10": "cifar10"}
 
 
@@ -47,7 +55,7 @@ class TimmMambaVision(MambaVision):
         **config_fields: other fields of `MambaVisionConfig`, for instance `drop_path_rate`.
 
     Raises:
-        TypeError: an argument that does not exist.
+        TypeError: an argument that does not exist; `output_stride` among them, which decoders ask timm's networks for.
         ValueError: a value out of range.
     """
 
@@ -63,6 +71,12 @@ class TimmMambaVision(MambaVision):
         dtype: torch.dtype | None = None,
         **config_fields: Any,
     ) -> None:
+        if "output_stride" in config_fields:
+            raise TypeError(
+                f"There is no output_stride={config_fields['output_stride']!r}: the network has a fixed stride of "
+                f"{cfg.reductions[-1]} and no dilated form. Of segmentation_models_pytorch, {', '.join(UNDILATED)} "
+                f"do without."
+            )
         _check_pool(global_pool, num_classes)
         config = adapted_config(cfg, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **config_fields)
         super().__init__(config, device=device, dtype=dtype)

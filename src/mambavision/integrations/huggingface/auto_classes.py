@@ -1,8 +1,9 @@
-"""Registration with transformers' Auto classes, and the two cases that registration alone does not reach.
+"""Registration with transformers' Auto classes, and the three cases that registration alone does not reach.
 
 The public repositories carry code of their own (`auto_map`) and no `preprocessor_config.json`. With
 `trust_remote_code=True` transformers before 5.5 runs a repository's code even where a class is registered for its model
-type, and `AutoImageProcessor` looks for the missing file before it looks for a class. Two entry points are therefore
+type, `AutoImageProcessor` looks for the missing file before it looks for a class, and `AutoBackbone` of transformers 5
+asks the hub whether there is such a repository before it looks at a folder or a cache. Three entry points are therefore
 wrapped: for repositories of this model type alone, and where transformers itself would do otherwise or fail.
 """
 
@@ -33,6 +34,8 @@ from mambavision.integrations.huggingface.modeling import (
 
 # Since then a registered class goes before a repository's code.
 LOCAL_CODE_FIRST = (5, 5)
+# Since then AutoBackbone takes what the hub does not know, folders included, for a name of timm's.
+BACKBONES_OF_THE_HUB = (5, 0)
 
 
 def register() -> None:
@@ -48,8 +51,11 @@ def register() -> None:
         exist_ok=True,
     )
     _wrap(AutoImageProcessor, _image_processor_without_its_file)
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < LOCAL_CODE_FIRST:
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    if version < LOCAL_CODE_FIRST:
         _wrap(AutoConfig, _config_of_ours)
+    if version >= BACKBONES_OF_THE_HUB:
+        _wrap(AutoBackbone, _backbone_of_ours)
 
 
 def _wrap(auto_class: Any, replacement: Callable[..., Any]) -> None:
@@ -79,6 +85,15 @@ def _config_of_ours(original: Callable[..., Any], name: Any, *inputs: Any, **kwa
     if kwargs.get("trust_remote_code") and _is_ours(name, kwargs):
         kwargs["trust_remote_code"] = False
     return original(name, *inputs, **kwargs)
+
+
+def _backbone_of_ours(original: Callable[..., Any], name: Any, *inputs: Any, **kwargs: Any) -> Any:
+    # Whether by what lies here alone: what does not is transformers' to ask for, and comes to our class from there.
+    if not _is_ours(name, {**kwargs, "local_files_only": True}):
+        return original(name, *inputs, **kwargs)
+    for handled_before in ("use_timm_backbone", "code_revision"):  # by Auto classes, unknown to models
+        kwargs.pop(handled_before, None)
+    return MambaVisionBackbone.from_pretrained(name, *inputs, **kwargs)
 
 
 def _is_ours(name: Any, kwargs: dict[str, Any]) -> bool:
