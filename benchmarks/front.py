@@ -138,7 +138,9 @@ def _name_points(figure: Figure, axes: Any, kinds: dict[str, list[tuple[float, f
                 for place, side in PLACES
             ]
             boxes = [text.get_window_extent(figure.canvas.get_renderer()) for text in texts]
-            best = min(range(len(PLACES)), key=lambda place: _covered(boxes[place], taken))
+            best = min(
+                range(len(PLACES)), key=lambda place: _covered(boxes[place], taken) + _outside(boxes[place], axes)
+            )
             for text in texts[:best] + texts[best + 1 :]:
                 text.remove()
             taken.append(boxes[best])
@@ -148,6 +150,12 @@ def _covered(box: Bbox, taken: list[Bbox]) -> float:
     """How much a name in `box` would cover of what is there, in square pixels."""
     shared = [Bbox.intersection(box, other) for other in taken]
     return sum(part.width * part.height for part in shared if part is not None)
+
+
+def _outside(box: Bbox, axes: Any) -> float:
+    """How much of a name in `box` would lie outside of the axes, in square pixels."""
+    inside = Bbox.intersection(box, axes.bbox)
+    return box.width * box.height - (0 if inside is None else inside.width * inside.height)
 
 
 def _along(corners: np.ndarray) -> list[Bbox]:  # (points, 2), pixels
