@@ -299,11 +299,23 @@ def test_nothing_is_overwritten_unasked(capsys, checkpoint, tmp_path):
     assert run(capsys, CAT, "-o", target, "--checkpoint", checkpoint)[0] == 0
     before = target.read_bytes()
     code, out, err = run(capsys, CAT, "-o", target, "--checkpoint", checkpoint, "--from", "0.2,0.8")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err == f"{target} exists; --overwrite replaces it, --output names another.\n"
     assert target.read_bytes() == before
     assert run(capsys, CAT, "-o", target, "--checkpoint", checkpoint, "--from", "0.2,0.8", "--overwrite")[0] == 0
     assert target.read_bytes() != before
+
+
+def test_one_overlay_that_is_there_does_not_stop_the_rest(capsys, checkpoint, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:5000])
+    (tmp_path / "cat.explained.png").write_bytes(b"the old one")
+    pictures = [CAT, tmp_path / "cut.jpg", SAMPLES / "dog.jpg"]
+    code, out, err = run(capsys, *pictures, "-o", tmp_path, "--checkpoint", checkpoint)
+    assert code == 2  # before the 1 of a picture that cannot be read
+    assert [line.rpartition(": ")[0] for line in out.splitlines()] == [str(SAMPLES / "dog.jpg")]
+    assert len(err.splitlines()) == 2
+    assert (tmp_path / "cat.explained.png").read_bytes() == b"the old one"
+    assert (tmp_path / "dog.explained.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,29 @@ def test_every_format_has_its_functions():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("", "mamba_vision_T.onnx"),
+        ("--format aoti --dtype float16", "mamba_vision_T.float16.aoti.pt2"),
+        ("--features --uint8", "mamba_vision_T.features.uint8.onnx"),
+        ("--uint8 --resize --dtype int8", "mamba_vision_T.resize.int8.onnx"),
+        ("--img-size 384", "mamba_vision_T.384.onnx"),
+        ("--img-size 384x640 --format openvino", "mamba_vision_T.384x640.xml"),
+        ("--format executorch --batch-size 4", "mamba_vision_T.batch4.pte"),
+        ("--checkpoint runs/mine/best.safetensors --features", "best.features.onnx"),
+        ("--checkpoint runs/mine/last.pth.tar", "last.onnx"),
+        ("--checkpoint runs/mine/", "mine.onnx"),
+    ],
+)
+def test_the_default_name_says_what_was_asked_for(arguments, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("the old file")
+    assert main(["export", "mamba_vision_T", *arguments.split()]) == 2
+    sentence = f"{name} exists; --overwrite replaces it, --output names another."
+    assert capsys.readouterr().err == f"mambavision: {sentence}\n"
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (
