@@ -219,6 +219,26 @@ def test_without_a_compiler_aoti_says_so(nano, monkeypatch, tmp_path):
         export_aoti(nano, tmp_path / "nano.pt2")
 
 
+def test_feature_maps_of_timm_are_told_their_remedy():
+    """Their `.model` is a classifier, which would be written as one map without complaint."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("mambavision.integrations.timm")
+    maps = timm.create_model("mamba_vision_nano_32", features_only=True)
+    with pytest.raises(
+        TypeError, match=r"got FeatureMaps: make it with mambavision\.create_model\(.*features_only=True"
+    ):
+        check.check_model(maps)
+
+
+def test_without_a_head_there_are_no_classes_to_compare(tmp_path):
+    headless = create_model("mamba_vision_test_tiny", num_classes=0).eval()
+    report = write_checked(headless, tmp_path / "graph.file")
+    assert (report.error, report.agreement) == (0, None)
+    assert graph.output_names(headless) == ["features"]
+    assert "class_names" not in graph.metadata(headless)
+    assert graph.output_names(create_model("mamba_vision_test_tiny")) == ["logits"]
+
+
 def test_what_is_no_network_to_export_is_one_sentence(nano):
     with pytest.raises(TypeError, match="Export takes a network of create_model, got Linear"):
         check.check_model(torch.nn.Linear(2, 2))

@@ -70,10 +70,15 @@ def input_name(*, uint8: bool) -> str:
     return "pixels" if uint8 else "pixel_values"
 
 
+def has_classes(model: MambaVisionBackbone) -> bool:
+    """Whether its output is the logits of classes, and not feature maps or a pooled vector."""
+    return isinstance(model, MambaVision) and model.config.num_classes > 0
+
+
 def output_names(model: MambaVisionBackbone) -> list[str]:
     """What the outputs are called."""
     if isinstance(model, MambaVision):
-        return ["logits"]
+        return ["logits" if has_classes(model) else "features"]
     return [f"stride_{reduction}" for reduction in model.feature_info.reduction()]
 
 
@@ -133,6 +138,6 @@ def metadata(model: MambaVisionBackbone) -> dict[str, str]:
         "mean": list(normalize.mean),
         "std": list(normalize.std),
     }
-    if isinstance(model, MambaVision) and model.config.num_classes:
+    if has_classes(model):
         values["class_names"] = list(class_labels(model.config))
     return {name: json.dumps(value) for name, value in values.items()}

@@ -63,9 +63,10 @@ def export_onnx(
     """Write `model` as an ONNX file, reload it in onnxruntime and compare it with PyTorch on photographs.
 
     The input is `pixel_values`, float32 (batch, in_chans, height, width), normalised; or with `uint8` `pixels`, uint8
-    (batch, height, width, in_chans), as decoded. A classifier's output is `logits` (batch, num_classes); a backbone's
-    are `stride_4`, `stride_8`, ... (batch, channels, H / stride, W / stride), sizes rounded up; all are float32. Image
-    size, mean, std, crop and class names are in the file's metadata, as JSON.
+    (batch, height, width, in_chans), as decoded. A classifier's output is `logits` (batch, num_classes), or without a
+    head `features` (batch, channels); a backbone's are `stride_4`, `stride_8`, ... (batch, channels, H / stride,
+    W / stride), sizes rounded up; all are float32. Image size, mean, std, crop and class names are in the file's
+    metadata, as JSON.
 
     Args:
         model: a classifier or a backbone; it is left as it is.
