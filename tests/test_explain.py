@@ -1,5 +1,7 @@
 """Where the network looked: the maps against the formulae, the picture against what it was drawn from."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,13 @@ def test_panels_of_every_block_and_of_a_point(predictor):
         overlay(explanation, point=(2, 0))
 
 
+def test_the_input_is_told_as_the_option_takes_it(predictor, monkeypatch):
+    titles = []
+    monkeypatch.setattr(sys.modules[overlay.__module__], "_sheet", lambda _, panels: titles.extend(dict(panels)))
+    overlay(explain(predictor, CAT, img_size=(32, 96)))
+    assert titles[0] == "Input, 32 x 96 px"
+
+
 def test_one_channel_half_precision_and_long_names():
     network = create_model("mamba_vision_test_tiny", in_chans=1, dtype=torch.bfloat16, class_names=["x" * 300, "\x1b"])
     explanation = explain(Predictor(network), CAT.read_bytes(), target=0)
@@ -330,6 +339,10 @@ def test_one_overlay_that_is_there_does_not_stop_the_rest(capsys, checkpoint, tm
         ([CAT, "--from", "0.5,7"], "must lie in 0..1"),
         ([CAT, "--device", "abacus"], "abacus"),
         ([CAT, "--img-size", "0"], "at least 1"),
+        (
+            [CAT, "--img-size", "64x20000"],
+            "mambavision: An image size of 64 x 20000 px is too large; choose one of at most 8192 px a side.",
+        ),
     ],
 )
 def test_wrong_use(capsys, checkpoint, arguments, reason, tmp_path, monkeypatch):

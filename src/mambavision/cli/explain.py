@@ -60,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--from", dest="point", type=point, metavar="X,Y", help="attention paid by the token there, both in 0..1"
     )
     parser.add_argument(
-        "--img-size", type=image_size, metavar="SIZE", help="resize pictures to this instead of the model's own size"
+        "--img-size", type=image_size, metavar="SIZE", help="picture side, or HEIGHTxWIDTH (default: the model's own)"
     )
     add_network(parser)
     add_device(parser)
@@ -86,11 +86,12 @@ def main(argv: Sequence[str]) -> int:
     if not pictures:
         return 1
 
-    from mambavision.inference.explain import explain, find_class
+    from mambavision.inference.explain import explain, find_class, preprocessing_of_size
     from mambavision.inference.overlay import overlay, save_overlay
 
     predictor = open_predictor(options)
     try:
+        preprocessing_of_size(predictor.config.preprocessing, options.img_size)  # once, not for every picture
         target = None if options.target is None else find_class(options.target, predictor.labels)
     except ValueError as error:
         raise UsageError(str(error)) from error
