@@ -1,6 +1,7 @@
 """What the formats share: the table of them, the check before a file is kept, the pictures, the command's sentences."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +205,20 @@ def test_a_missing_library_is_one_sentence(name, missing, install, monkeypatch, 
     sentence = f"Export to {called} needs {missing}, which is not installed: pip install {install}."
     assert capsys.readouterr().err == f"mambavision: {sentence}\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_is_told_what_it_waits_for(terminal, nano, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "mambavision.export.onnx.export_onnx", lambda model, path, **_: write_checked(model, Path(path))
+    )
+    assert main(["export", "mamba_vision_nano_32", "-o", "[/a].onnx"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("[/a].onnx: 0.0 MiB, 7 nodes")
+    assert ("writing [/a].onnx" in err) if terminal else (err == "")
 
 
 def test_without_a_compiler_aoti_says_so(nano, monkeypatch, tmp_path):

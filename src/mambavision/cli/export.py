@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambavision.cli.arguments import UsageError, add_overwrite, check_free, image_size, positive
+from mambavision.cli.arguments import UsageError, add_overwrite, check_free, image_size, message_console, positive
 
 SUMMARY = "Write a network as a file of another runtime and compare it with PyTorch."
 
@@ -88,6 +88,8 @@ def main(argv: Sequence[str]) -> int:
         raise UsageError(str(error)) from error
     check_free(output, overwrite=options.overwrite)
 
+    from rich.text import Text
+
     from mambavision.export.check import DifferenceError
     from mambavision.factory import create_model
     from mambavision.inference.predictor import find_device
@@ -101,7 +103,11 @@ def main(argv: Sequence[str]) -> int:
             img_size=options.img_size,
             device=find_device(network_device or "cpu"),
         )
-        report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
+        waiting = Text(
+            f"writing {output} and comparing it; large networks take minutes"
+        )  # brackets in names as they are
+        with message_console().status(waiting):
+            report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
     except DifferenceError as error:
         print(f"mambavision: {error}", file=sys.stderr)
         return 1
