@@ -91,7 +91,8 @@ def _help() -> str:
         [
             "usage: mambavision [-h] [--version] COMMAND ...",
             "",
-            "MambaVision: classify pictures, inspect the models, train and evaluate them.",
+            "MambaVision: classify, explain and embed pictures, or try it in a browser;",
+            "inspect, train, evaluate, measure and export the models.",
             "",
             "commands:",
             *commands,

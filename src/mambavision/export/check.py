@@ -162,7 +162,11 @@ def write_checked(
         DifferenceError: the file computes something else; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    try:
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:  # by the name that was asked for
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with beside as folder:
         draft = Path(folder) / path.name
         nodes = write(draft)
         run = load(draft)
