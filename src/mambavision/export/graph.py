@@ -112,7 +112,9 @@ def trace_program(graph: Graph) -> torch.export.ExportedProgram:
     return trace_module(graph, example_input(graph), dynamic_dimensions(uint8=graph.uint8))
 
 
-def trace_module(module: nn.Module, example: Tensor, dynamic: tuple[dict[int, Any]]) -> torch.export.ExportedProgram:
+def trace_module(
+    module: nn.Module, example: Tensor, dynamic: tuple[dict[int, Any]] | None = None
+) -> torch.export.ExportedProgram:
     """The module as `torch.export` writes it down, for inputs like the example but of any size in `dynamic`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
