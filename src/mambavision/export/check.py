@@ -164,8 +164,8 @@ def write_checked(
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:  # by the name that was asked for
-        raise OSError(error.errno, error.strerror, str(path)) from error
+    except OSError as problem:  # by the name that was asked for
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
     with beside as folder:
         draft = Path(folder) / path.name
         nodes = write(draft)
