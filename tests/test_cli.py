@@ -197,6 +197,18 @@ def test_a_file_where_a_folder_is_needed_is_one_sentence(command, capsys, checkp
     )
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="a folder where nobody may write")
+@pytest.mark.parametrize("command", ["explain", "export"])
+def test_a_folder_that_takes_no_files_is_told_by_the_file_asked_for(command, capsys, checkpoint):
+    arguments = {
+        "explain": [CAT, "--checkpoint", checkpoint, "--output", "/proc/a.png"],
+        "export": ["mamba_vision_nano_32", "--output", "/proc/a.onnx"],
+    }
+    code, _, err = run(capsys, command, *arguments[command])
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"mambavision: {arguments[command][-1]}: ")
+
+
 def test_everything_that_can_be_wrong_with_the_input_at_once(capsys, checkpoint, tmp_path):
     """Each is named in one sentence on stderr, the good pictures are still classified, and the exit code is 1."""
     folder = tmp_path / "pictures"

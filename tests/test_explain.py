@@ -1,5 +1,7 @@
 """Where the network looked: the maps against the formulae, the picture against what it was drawn from."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -219,6 +221,13 @@ def test_panels_of_every_block_and_of_a_point(predictor):
         overlay(explanation, point=(2, 0))
 
 
+def test_the_input_is_told_as_the_option_takes_it(predictor, monkeypatch):
+    titles = []
+    monkeypatch.setattr(sys.modules[overlay.__module__], "_sheet", lambda _, panels: titles.extend(dict(panels)))
+    overlay(explain(predictor, CAT, img_size=(32, 96)))
+    assert titles[0] == "Input, 32 x 96 px"
+
+
 def test_one_channel_half_precision_and_long_names():
     network = create_model("mamba_vision_test_tiny", in_chans=1, dtype=torch.bfloat16, class_names=["x" * 300, "\x1b"])
     explanation = explain(Predictor(network), CAT.read_bytes(), target=0)
@@ -299,11 +308,23 @@ def test_nothing_is_overwritten_unasked(capsys, checkpoint, tmp_path):
     assert run(capsys, CAT, "-o", target, "--checkpoint", checkpoint)[0] == 0
     before = target.read_bytes()
     code, out, err = run(capsys, CAT, "-o", target, "--checkpoint", checkpoint, "--from", "0.2,0.8")
-    assert (code, out) == (1, "")
+    assert (code, out) == (2, "")
     assert err == f"{target} exists; --overwrite replaces it, --output names another.\n"
     assert target.read_bytes() == before
     assert run(capsys, CAT, "-o", target, "--checkpoint", checkpoint, "--from", "0.2,0.8", "--overwrite")[0] == 0
     assert target.read_bytes() != before
+
+
+def test_one_overlay_that_is_there_does_not_stop_the_rest(capsys, checkpoint, tmp_path):
+    (tmp_path / "cut.jpg").write_bytes(CAT.read_bytes()[:5000])
+    (tmp_path / "cat.explained.png").write_bytes(b"the old one")
+    pictures = [CAT, tmp_path / "cut.jpg", SAMPLES / "dog.jpg"]
+    code, out, err = run(capsys, *pictures, "-o", tmp_path, "--checkpoint", checkpoint)
+    assert code == 2  # before the 1 of a picture that cannot be read
+    assert [line.rpartition(": ")[0] for line in out.splitlines()] == [str(SAMPLES / "dog.jpg")]
+    assert len(err.splitlines()) == 2
+    assert (tmp_path / "cat.explained.png").read_bytes() == b"the old one"
+    assert (tmp_path / "dog.explained.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -318,6 +339,10 @@ def test_nothing_is_overwritten_unasked(capsys, checkpoint, tmp_path):
         ([CAT, "--from", "0.5,7"], "must lie in 0..1"),
         ([CAT, "--device", "abacus"], "abacus"),
         ([CAT, "--img-size", "0"], "at least 1"),
+        (
+            [CAT, "--img-size", "64x20000"],
+            "mambavision: An image size of 64 x 20000 px is too large; choose one of at most 8192 px a side.",
+        ),
     ],
 )
 def test_wrong_use(capsys, checkpoint, arguments, reason, tmp_path, monkeypatch):

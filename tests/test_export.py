@@ -1,6 +1,7 @@
 """What the formats share: the table of them, the check before a file is kept, the pictures, the command's sentences."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -141,6 +142,29 @@ def test_every_format_has_its_functions():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("", "mamba_vision_T.onnx"),
+        ("--format aoti --dtype float16", "mamba_vision_T.float16.aoti.pt2"),
+        ("--features --uint8", "mamba_vision_T.features.uint8.onnx"),
+        ("--uint8 --resize --dtype int8", "mamba_vision_T.resize.int8.onnx"),
+        ("--img-size 384", "mamba_vision_T.384.onnx"),
+        ("--img-size 384x640 --format openvino", "mamba_vision_T.384x640.xml"),
+        ("--format executorch --batch-size 4", "mamba_vision_T.batch4.pte"),
+        ("--checkpoint runs/mine/best.safetensors --features", "best.features.onnx"),
+        ("--checkpoint runs/mine/last.pth.tar", "last.onnx"),
+        ("--checkpoint runs/mine/", "mine.onnx"),
+    ],
+)
+def test_the_default_name_says_what_was_asked_for(arguments, name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_text("the old file")
+    assert main(["export", "mamba_vision_T", *arguments.split()]) == 2
+    sentence = f"{name} exists; --overwrite replaces it, --output names another."
+    assert capsys.readouterr().err == f"mambavision: {sentence}\n"
+
+
+@pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (
@@ -183,6 +207,20 @@ def test_a_missing_library_is_one_sentence(name, missing, install, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_terminal_is_told_what_it_waits_for(terminal, nano, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "mambavision.export.onnx.export_onnx", lambda model, path, **_: write_checked(model, Path(path))
+    )
+    assert main(["export", "mamba_vision_nano_32", "-o", "[/a].onnx"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("[/a].onnx: 0.0 MiB, 7 nodes")
+    assert ("writing [/a].onnx" in err) if terminal else (err == "")
+
+
 def test_without_a_compiler_aoti_says_so(nano, monkeypatch, tmp_path):
     from mambavision.export.aoti import export_aoti
 
@@ -194,6 +232,26 @@ def test_without_a_compiler_aoti_says_so(nano, monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.which", lambda name: None if name == "my-compiler" else name)
     with pytest.raises(check.ExportError, match="there is no my-compiler, which CXX names"):
         export_aoti(nano, tmp_path / "nano.pt2")
+
+
+def test_feature_maps_of_timm_are_told_their_remedy():
+    """Their `.model` is a classifier, which would be written as one map without complaint."""
+    timm = pytest.importorskip("timm")
+    pytest.importorskip("mambavision.integrations.timm")
+    maps = timm.create_model("mamba_vision_nano_32", features_only=True)
+    with pytest.raises(
+        TypeError, match=r"got FeatureMaps: make it with mambavision\.create_model\(.*features_only=True"
+    ):
+        check.check_model(maps)
+
+
+def test_without_a_head_there_are_no_classes_to_compare(tmp_path):
+    headless = create_model("mamba_vision_test_tiny", num_classes=0).eval()
+    report = write_checked(headless, tmp_path / "graph.file")
+    assert (report.error, report.agreement) == (0, None)
+    assert graph.output_names(headless) == ["features"]
+    assert "class_names" not in graph.metadata(headless)
+    assert graph.output_names(create_model("mamba_vision_test_tiny")) == ["logits"]
 
 
 def test_what_is_no_network_to_export_is_one_sentence(nano):

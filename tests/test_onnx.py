@@ -131,7 +131,7 @@ def test_a_file_that_differs_is_not_kept(quick, tmp_path, capsys):
     weight.raw_data = values.astype(np.float32).tobytes()
     path = tmp_path / "nano.onnx"
     path.write_text("the old file")
-    assert main(["export", "mamba_vision_nano_32", "--output", str(path)]) == 1
+    assert main(["export", "mamba_vision_nano_32", "--output", str(path), "--overwrite"]) == 1
     assert "was not kept" in capsys.readouterr().err
     assert [file.name for file in tmp_path.iterdir()] == ["nano.onnx"]
     assert path.read_text() == "the old file"
@@ -151,6 +151,17 @@ def test_the_command_prints_what_it_wrote(quick, tmp_path, capsys):
     ):
         assert word in out
     assert [file.name for file in path.parent.iterdir()] == ["nano.onnx"]
+
+
+def test_a_file_that_is_there_is_replaced_when_asked_for_alone(quick, tmp_path, capsys):
+    path = tmp_path / "nano.onnx"
+    path.write_text("the old file")
+    assert main(["export", "mamba_vision_nano_32", "-o", str(path)]) == 2
+    sentence = f"{path} exists; --overwrite replaces it, --output names another."
+    assert capsys.readouterr().err == f"mambavision: {sentence}\n"
+    assert path.read_text() == "the old file"
+    assert main(["export", "mamba_vision_nano_32", "-o", str(path), "--overwrite"]) == 0
+    assert path.stat().st_size > 10**6
 
 
 def test_large_weights_lie_beside_the_graph(quick, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What the documents tell: every Python example runs, every command would, every link leads somewhere."""
 
 import ast
+import dataclasses
 import importlib
 import json
 import os
@@ -9,14 +10,19 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image, ImageOps
 from rich.console import Console
 
 from mambavision import cli, create_model
 from mambavision.cli.arguments import UsageError
 from mambavision.cli.train import parse as parse_training
 from mambavision.export.formats import FORMATS, default_name
+from mambavision.export.graph import metadata
+from mambavision.inference.images import read_image
 from mambavision.inference.picture_files import SAMPLES
+from mambavision.inference.preprocess import build_transform
 from mambavision.weights import WEIGHTS, read_checkpoint, save_checkpoint
 from weight_files import hub_cache, remote_repository, use_hub_cache
 
@@ -128,6 +134,49 @@ def test_a_python_example_runs_and_prints_what_it_says(code, request, weights, t
     exec(compile(ast.parse(code), "example", "exec"), {"__name__": "example"})
     out = capsys.readouterr().out.splitlines()
     assert [value for value in printed_values(code) if value not in out] == []
+
+
+def preprocessing_examples():
+    """The part of each example that prepares a picture without this package, with its imports but for the runtime's."""
+    found = []
+    for example in examples("python"):
+        paragraphs = [text for text in example.values[0].split("\n\n") if 'about["crop_pct"]' in text]
+        if paragraphs:
+            (prepare,) = paragraphs
+            imports = re.findall(r"^(?:import numpy|from PIL|from torchvision).*$", example.values[0], re.MULTILINE)
+            found.append(pytest.param("\n".join([*imports, prepare]), id=example.id))
+    return found
+
+
+def test_the_pages_of_all_formats_prepare_pictures():
+    pages = [example.id.partition(":")[0] for example in preprocessing_examples()]
+    assert pages == ["docs/executorch.md", "docs/onnx.md", "docs/openvino.md", "docs/torch.md", "docs/torch.md"]
+
+
+@pytest.mark.parametrize("code", preprocessing_examples())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"img_size": (50, 50), "crop_pct": 0.875},
+        {"img_size": (48, 80), "crop_pct": 0.9},
+        {"img_size": (97, 55), "crop_mode": "squash", "crop_pct": 0.95, "interpolation": "bilinear"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", [(333, 251), (97, 160), (41, 37)], ids=str)
+def test_examples_prepare_pictures_as_the_package_does(code, settings, size, tmp_path, monkeypatch):
+    model = create_model("mamba_vision_test_tiny", device="meta")
+    model.config = model.config.replace(preprocessing=dataclasses.replace(model.config.preprocessing, **settings))
+    monkeypatch.chdir(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    with Image.open(SAMPLES / "cat.jpg") as cat:
+        ImageOps.exif_transpose(cat).resize(size).save("cat.jpg", exif=exif)
+    found = {"about": {name: json.loads(value) for name, value in metadata(model).items()}}
+    exec(compile(code, "example", "exec"), found)
+    expected = build_transform(model.config.preprocessing)(read_image("cat.jpg"))[None]
+    np.testing.assert_allclose(np.asarray(found["pixels"]), expected, rtol=0, atol=1e-5)  # a grey level is 0.017
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +22,15 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from mambavision import Predictor
+from mambavision.export.graph import Graph, trace_module
+from mambavision.export.onnx import translate
 from mambavision.files import replaced_when_done
-from mambavision.inference.fuse import FusedMixer, fuse
 from mambavision.inference.images import read_image
 from mambavision.inference.picture_files import sample_pictures
 from mambavision.inference.preprocess import build_transform
 from mambavision.weights import WEIGHTS
 
 MODEL = "mamba_vision_nano_32"
-OPSET = 18
 SMALLEST = 1024  # values; smaller weights stay as they are
 TOLERANCE = 0.01  # largest difference of a probability to PyTorch
 
@@ -54,28 +53,9 @@ def main(folder: Path) -> None:
     """Export, shrink, compare with PyTorch and write."""
     predictor = Predictor(MODEL, device="cpu")
     height, width = predictor.config.preprocessing.img_size
-    network = fuse(predictor.model)
-    for module in network.modules():
-        if isinstance(module, FusedMixer):
-            module.scan_backend = "chunked"  # standard operators on any machine
-    graph = Mapped(network, predictor.model.head).eval()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations inside the exporter
-        program = torch.onnx.export(
-            graph,
-            (torch.zeros(1, 3, height, width),),
-            dynamo=True,
-            input_names=["pixel_values"],
-            output_names=["logits", "activations"],
-            opset_version=OPSET,
-            verbose=False,
-        )
-    proto = program.model_proto
-    for node in proto.graph.node:  # paths and stack traces of the machine
-        node.doc_string = ""
-        del node.metadata_props[:]
-    del proto.graph.value_info[:]
-    del proto.graph.metadata_props[:]
+    graph = Mapped(Graph(predictor.model).network, predictor.model.head).eval()
+    program = trace_module(graph, torch.zeros(1, 3, height, width))
+    proto = translate(program, "pixel_values", ["logits", "activations"])
     halve_weights(proto)
     onnx.checker.check_model(proto, full_check=True)
     data = proto.SerializeToString()

@@ -3,7 +3,7 @@
 Each command is a module of this package with a one-line `SUMMARY` and `main(argv) -> int`, and imports what is heavy
 inside `main`, so that help and mistyped commands answer at once.
 
-Exit codes: 0 all done, 1 part of the input failed, 2 wrong use, 130 interrupted.
+Exit codes: 0 all done, 1 part of the input failed, 2 wrong use or an output that is there already, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def _help() -> str:
         [
             "usage: mambavision [-h] [--version] COMMAND ...",
             "",
-            "MambaVision: classify pictures, inspect the models, train and evaluate them.",
+            "MambaVision: classify, explain and embed pictures, or try it in a browser;",
+            "inspect, train, evaluate, measure and export the models.",
             "",
             "commands:",
             *commands,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,6 +33,19 @@ def image_size(text: str) -> tuple[int, int]:
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"must be one number or HEIGHTxWIDTH, got {text!r}")
     return sides[0], sides[-1]
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add --overwrite, for a command whose output is `what`."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {what} that is there")
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """UsageError when a file to write is there already and --overwrite was not given."""
+    from mambavision.inference.images import printable
+
+    if path.exists() and not overwrite:
+        raise UsageError(f"{printable(str(path))} exists; --overwrite replaces it, --output names another.")
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mambavision.cli.arguments import add_batch_size, add_device, add_network, message_console, open_predictor
+from mambavision.cli.arguments import (
+    add_batch_size,
+    add_device,
+    add_network,
+    add_overwrite,
+    check_free,
+    message_console,
+    open_predictor,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -25,13 +33,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mambavision embed",
         description="Write the pooled vector of every picture into one table. Stopped in between, the same command "
         "continues: what is done is kept beside the output, its name with .partial.",
-        epilog="Exit code 1: some pictures could not be read and are not in the table.",
+        epilog="Exit code 1: some pictures could not be read and are not in the table. 2: wrong use, or the table was "
+        "there already.",
     )
     parser.add_argument("paths", nargs="+", metavar="DIR", help="a folder, a picture or a quoted glob")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, metavar="FILE", help="table to write, .npz or .parquet"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a table that is there")
+    add_overwrite(parser, "a table")
     add_network(parser)
     add_device(parser)
     add_batch_size(parser, 32)
@@ -39,16 +48,15 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; 1 when a picture or a path failed."""
+    """Run the command; 1 when a picture or a path failed, UsageError when the table is there."""
     options = build_parser().parse_args(argv)
 
-    from mambavision.inference.features import FeaturesError, check_output
+    from mambavision.inference.features import check_output
     from mambavision.inference.picture_files import find_pictures
 
     messages = message_console()
     check_output(options.output)
-    if options.output.exists() and not options.overwrite:
-        raise FeaturesError(f"{options.output} exists; --overwrite replaces it, --output names another.")
+    check_free(options.output, overwrite=options.overwrite)
     pictures, problems = find_pictures(options.paths)
     for problem in problems:
         messages.print(problem)

@@ -9,7 +9,15 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambavision.cli.arguments import UsageError, add_device, add_network, image_size, open_predictor
+from mambavision.cli.arguments import (
+    UsageError,
+    add_device,
+    add_network,
+    add_overwrite,
+    check_free,
+    image_size,
+    open_predictor,
+)
 
 SUMMARY = "Show where a model looked: class activation and attention over a picture."
 SUFFIX = ".explained.png"
@@ -31,7 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mambavision explain",
         description="Draw the class-activation map and the attention of both window levels over pictures, as PNG.",
-        epilog="Exit code 1: some pictures could not be read, or their overlay was there already.",
+        epilog="Exit code 1: some pictures could not be read. 2: wrong use, or some overlays were there already; the "
+        "rest is done.",
     )
     parser.add_argument("paths", nargs="*", metavar="IMAGE", help="a picture, a folder or a quoted glob")
     parser.add_argument("--samples", action="store_true", help="the photographs that ship with the package")
@@ -45,13 +54,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help=f"a .png file for one picture, or a folder (default: NAME{SUFFIX} in the current folder)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace overlays that are there")
+    add_overwrite(parser, "an overlay")
     parser.add_argument("--per-block", action="store_true", help="the attention of each block instead of their mean")
     parser.add_argument(
         "--from", dest="point", type=point, metavar="X,Y", help="attention paid by the token there, both in 0..1"
     )
     parser.add_argument(
-        "--img-size", type=image_size, metavar="SIZE", help="resize pictures to this instead of the model's own size"
+        "--img-size", type=image_size, metavar="SIZE", help="picture side, or HEIGHTxWIDTH (default: the model's own)"
     )
     add_network(parser)
     add_device(parser)
@@ -60,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; 1 when a picture or a path failed, 2 when nothing was given."""
+    """Run the command; 1 when a picture or a path failed, 2 when nothing was given or an overlay was there."""
     parser = build_parser()
     options = parser.parse_args(argv)
     if not options.paths and not options.samples:
@@ -77,29 +86,33 @@ def main(argv: Sequence[str]) -> int:
     if not pictures:
         return 1
 
-    from mambavision.inference.explain import explain, find_class
+    from mambavision.inference.explain import explain, find_class, preprocessing_of_size
     from mambavision.inference.overlay import overlay, save_overlay
 
     predictor = open_predictor(options)
     try:
+        preprocessing_of_size(predictor.config.preprocessing, options.img_size)  # once, not for every picture
         target = None if options.target is None else find_class(options.target, predictor.labels)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    failed = bool(problems)
+    code = 1 if problems else 0
     for picture, path in zip(pictures, targets, strict=True):
         try:
-            if path.exists() and not options.overwrite:
-                raise ValueError(f"{printable(str(path))} exists; --overwrite replaces it, --output names another.")
+            check_free(path, overwrite=options.overwrite)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters becomes an error
                 explanation = explain(predictor, picture, target=target, img_size=options.img_size)
+        except UsageError as error:
+            print(error, file=sys.stderr)
+            code = 2
+            continue
         except ValueError as error:  # a picture that cannot be read, too
             print(error, file=sys.stderr)
-            failed = True
+            code = max(code, 1)
             continue
         save_overlay(overlay(explanation, per_block=options.per_block, point=options.point), path)
         print(f"{printable(str(picture))}: {explanation.label} {explanation.probability:.1%}, {printable(str(path))}")
-    return 1 if failed else 0
+    return code
 
 
 def _targets(pictures: list[Path], output: Path | None) -> list[Path]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mambavision.cli.arguments import UsageError, image_size, positive
+from mambavision.cli.arguments import UsageError, add_overwrite, check_free, image_size, message_console, positive
 
 SUMMARY = "Write a network as a file of another runtime and compare it with PyTorch."
 
@@ -20,7 +20,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="mambavision export",
         description="Write a network for another runtime, reload it there and compare it on the sample photographs.",
         epilog="Batch, height and width are dynamic, except with executorch. "
-        "Exit code 1: the outputs differed and no file was written.",
+        "Exit code 1: the outputs differed and no file was written. 2: wrong use, or the file was there already.",
     )
     parser.add_argument("model", metavar="MODEL", help="a name that `mambavision models` lists; its published weights")
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="default: onnx")
@@ -28,7 +28,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, default="float32", help="default: float32; which formats have which: docs/formats.md"
     )
     parser.add_argument("--checkpoint", metavar="FILE", help="weights of your own")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="file to write (default: MODEL, type and suffix)")
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="file to write (default: the model's or checkpoint's name, what was asked for and the format's suffix, "
+        "like MODEL.features.int8.onnx)",
+    )
+    add_overwrite(parser, "a file")
     parser.add_argument("--features", action="store_true", help="the four feature maps instead of the classes")
     parser.add_argument("--uint8", action="store_true", help="take pictures as bytes and normalise them inside")
     parser.add_argument("--resize", action="store_true", help="onnx: take pictures of any size and resize them inside")
@@ -54,10 +62,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the command; 1 when the file would have differed."""
     options = build_parser().parse_args(argv)
-    from mambavision.export.formats import FORMATS, check_request, default_name
+    from mambavision.export.formats import FORMATS, check_request
 
     chosen = FORMATS[options.format]
-    output = options.output or Path(default_name(options.model, options.format, options.dtype))
+    output = options.output or _default_output(options)
     if output.is_dir():
         raise UsageError(f"--output must be a file, and {output} is a folder.")
     if options.device is not None and options.format != "aoti" and "device" not in chosen.settings:
@@ -78,6 +86,9 @@ def main(argv: Sequence[str]) -> int:
         check_request(options.format, options.dtype, options.calibration)
     except ValueError as error:
         raise UsageError(str(error)) from error
+    check_free(output, overwrite=options.overwrite)
+
+    from rich.text import Text
 
     from mambavision.export.check import DifferenceError
     from mambavision.factory import create_model
@@ -92,7 +103,11 @@ def main(argv: Sequence[str]) -> int:
             img_size=options.img_size,
             device=find_device(network_device or "cpu"),
         )
-        report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
+        waiting = Text(
+            f"writing {output} and comparing it; large networks take minutes"
+        )  # brackets in names as they are
+        with message_console().status(waiting):
+            report = chosen.export(model, output, dtype=options.dtype, uint8=options.uint8, **settings)
     except DifferenceError as error:
         print(f"mambavision: {error}", file=sys.stderr)
         return 1
@@ -105,3 +120,24 @@ def main(argv: Sequence[str]) -> int:
     print(f"largest error {report.error:.1e} of the largest value{agreement}")
     print(f"{report.milliseconds:.1f} ms a call ({report.runtime})")
     return 0
+
+
+def _default_output(options: argparse.Namespace) -> Path:
+    """A file in the current folder whose name says what was asked for."""
+    from mambavision.export.formats import default_name
+
+    name = options.model
+    if options.checkpoint is not None:  # best.pth.tar and best.safetensors are both `best`; a folder goes by its name
+        name = Path(Path(options.checkpoint).resolve().name.removesuffix(".tar")).stem
+    return Path(
+        default_name(
+            name,
+            options.format,
+            options.dtype,
+            features=options.features,
+            uint8=options.uint8,
+            resize=options.resize,
+            img_size=options.img_size,
+            batch_size=options.batch_size,
+        )
+    )

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from mambavision.export.graph import has_classes
 from mambavision.export.pictures import as_input, decoded_photographs, in_batches, photographs
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
@@ -52,7 +53,8 @@ class Report:
         size: its bytes, with those of the weights where these lie beside it.
         nodes: operations in the graph.
         error: largest difference to PyTorch on the sample photographs, relative to the largest value of its output.
-        agreement: share of the photographs whose likeliest class is PyTorch's; None for a backbone.
+        agreement: share of the photographs whose likeliest class is PyTorch's; None for a network without
+            classes.
         milliseconds: median of a call with one picture (or with the batch that the file is for).
         calibration: in words, what int8 was calibrated on; None for other types.
     """
@@ -78,6 +80,8 @@ def check_model(model: object) -> None:
     if not isinstance(model, MambaVisionBackbone):
         inner = getattr(model, "model", None)
         hint = ": pass its `.model`" if isinstance(inner, MambaVisionBackbone) else ""
+        if isinstance(inner, MambaVision) and hasattr(model, "feature_info"):  # timm's, around a classifier
+            hint = ": make it with mambavision.create_model(..., features_only=True) for its feature maps"
         raise TypeError(f"Export takes a network of create_model, got {type(model).__name__}{hint}.")
     if hasattr(model, "compute_dtype"):
         raise ValueError("An optimised network cannot be exported; export the model that it was made of.")
@@ -158,7 +162,11 @@ def write_checked(
         DifferenceError: the file computes something else; nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+    try:
+        beside = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as problem:  # by the name that was asked for
+        raise OSError(problem.errno, problem.strerror, str(path)) from problem
+    with beside as folder:
         draft = Path(folder) / path.name
         nodes = write(draft)
         run = load(draft)
@@ -205,7 +213,7 @@ def _pairs(model: MambaVisionBackbone, *, uint8: bool, batch_size: int | None) -
 
 
 def _compare(model: MambaVisionBackbone, run: Run, pairs: list[tuple[Tensor, Tensor]]) -> tuple[float, float | None]:
-    """Largest relative error and, of a classifier, the share of equal classes."""
+    """Largest relative error and, where there are classes, the share of equal classes."""
     weight = next(model.parameters())
     errors, equal = [], []
     for inputs, fed in pairs:
@@ -215,7 +223,7 @@ def _compare(model: MambaVisionBackbone, run: Run, pairs: list[tuple[Tensor, Ten
         for ours, theirs in zip(maps, run(fed), strict=True):
             reference = ours.float().cpu()
             errors.append((theirs - reference).abs().max() / reference.abs().max())
-            if isinstance(model, MambaVision):
+            if has_classes(model):
                 equal.append(theirs.argmax(-1) == reference.argmax(-1))
     return torch.stack(errors).max().item(), torch.cat(equal).float().mean().item() if equal else None
 

@@ -87,9 +87,42 @@ def check_request(name: str, dtype: str, calibration: object = None) -> None:
         raise ValueError(f"Pictures for calibration are for int8 alone, and {dtype} was asked for.")
 
 
-def default_name(model: str, name: str, dtype: str) -> str:
-    """File for a model in a format: `mamba_vision_T.int8.onnx`, without the type when it is float32."""
-    return model + ("" if dtype == "float32" else f".{dtype}") + FORMATS[name].suffix
+def default_name(
+    model: str,
+    name: str,
+    dtype: str,
+    *,
+    features: bool = False,
+    uint8: bool = False,
+    resize: bool = False,
+    img_size: tuple[int, int] | None = None,
+    batch_size: int | None = None,
+) -> str:
+    """File for a model in a format, with what was asked for: `mamba_vision_T.features.384x640.int8.onnx`.
+
+    Args:
+        model: the network's name, or its checkpoint's.
+        name: of the format.
+        dtype: left out when it is float32.
+        features: whether it gives feature maps.
+        uint8: whether it takes bytes; left out with `resize`, which always does.
+        resize: whether it resizes.
+        img_size: height and width, where other than the network's own were asked for.
+        batch_size: where one was asked for.
+    """
+    parts = [model]
+    if features:
+        parts.append("features")
+    if resize or uint8:
+        parts.append("resize" if resize else "uint8")
+    if img_size is not None:
+        height, width = img_size
+        parts.append(f"{height}" if height == width else f"{height}x{width}")
+    if batch_size is not None:
+        parts.append(f"batch{batch_size}")
+    if dtype != "float32":
+        parts.append(dtype)
+    return ".".join(parts) + FORMATS[name].suffix
 
 
 def as_path(path: str | os.PathLike[str], name: str) -> str:

@@ -70,10 +70,15 @@ def input_name(*, uint8: bool) -> str:
     return "pixels" if uint8 else "pixel_values"
 
 
+def has_classes(model: MambaVisionBackbone) -> bool:
+    """Whether its output is the logits of classes, and not feature maps or a pooled vector."""
+    return isinstance(model, MambaVision) and model.config.num_classes > 0
+
+
 def output_names(model: MambaVisionBackbone) -> list[str]:
     """What the outputs are called."""
     if isinstance(model, MambaVision):
-        return ["logits"]
+        return ["logits" if has_classes(model) else "features"]
     return [f"stride_{reduction}" for reduction in model.feature_info.reduction()]
 
 
@@ -107,7 +112,9 @@ def trace_program(graph: Graph) -> torch.export.ExportedProgram:
     return trace_module(graph, example_input(graph), dynamic_dimensions(uint8=graph.uint8))
 
 
-def trace_module(module: nn.Module, example: Tensor, dynamic: tuple[dict[int, Any]]) -> torch.export.ExportedProgram:
+def trace_module(
+    module: nn.Module, example: Tensor, dynamic: tuple[dict[int, Any]] | None = None
+) -> torch.export.ExportedProgram:
     """The module as `torch.export` writes it down, for inputs like the example but of any size in `dynamic`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
@@ -133,6 +140,6 @@ def metadata(model: MambaVisionBackbone) -> dict[str, str]:
         "mean": list(normalize.mean),
         "std": list(normalize.std),
     }
-    if isinstance(model, MambaVision) and model.config.num_classes:
+    if has_classes(model):
         values["class_names"] = list(class_labels(model.config))
     return {name: json.dumps(value) for name, value in values.items()}

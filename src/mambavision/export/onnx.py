@@ -63,9 +63,10 @@ def export_onnx(
     """Write `model` as an ONNX file, reload it in onnxruntime and compare it with PyTorch on photographs.
 
     The input is `pixel_values`, float32 (batch, in_chans, height, width), normalised; or with `uint8` `pixels`, uint8
-    (batch, height, width, in_chans), as decoded. A classifier's output is `logits` (batch, num_classes); a backbone's
-    are `stride_4`, `stride_8`, ... (batch, channels, H / stride, W / stride), sizes rounded up; all are float32. Image
-    size, mean, std, crop and class names are in the file's metadata, as JSON.
+    (batch, height, width, in_chans), as decoded. A classifier's output is `logits` (batch, num_classes), or without a
+    head `features` (batch, channels); a backbone's are `stride_4`, `stride_8`, ... (batch, channels, H / stride,
+    W / stride), sizes rounded up; all are float32. Image size, mean, std, crop and class names are in the file's
+    metadata, as JSON.
 
     Args:
         model: a classifier or a backbone; it is left as it is.
@@ -174,7 +175,7 @@ def trace_onnx(model: MambaVisionBackbone, graph: Graph) -> Any:
             f"pip install --upgrade torch torchvision."
         )
     name = input_name(uint8=graph.uint8)
-    proto = _translated(trace_program(graph), name, output_names(model))
+    proto = translate(trace_program(graph), name, output_names(model))
     _name_dimensions(proto, height=1 if graph.uint8 else 2)
     return proto
 
@@ -184,7 +185,7 @@ def trace_resize(model: MambaVisionBackbone) -> Any:
     pictures = torch.zeros(2, 70, 90, model.config.in_chans, dtype=torch.uint8)
     module = ResizeAndCrop(model.config.preprocessing).eval()
     program = trace_module(module, pictures, dynamic_dimensions(uint8=True))
-    proto = _translated(program, input_name(uint8=True), [_RESIZED])
+    proto = translate(program, input_name(uint8=True), [_RESIZED])
     _name_dimensions(proto, height=1)
     return proto
 
@@ -204,8 +205,11 @@ def put_before(proto: Any, first: Any) -> None:
     proto.graph.input[0].CopyFrom(first.graph.input[0])
 
 
-def _translated(traced: torch.export.ExportedProgram, name: str, outputs: list[str]) -> Any:
-    """The program as a protobuf. It comes traced: some PyTorch trace for ONNX in a way that knows no slices of maps."""
+def translate(traced: torch.export.ExportedProgram, name: str, outputs: list[str]) -> Any:
+    """The program as a protobuf with nothing of where it was made, its input called `name`.
+
+    It comes traced: some PyTorch trace for ONNX in a way that knows no slices of maps.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         program = torch.onnx.export(

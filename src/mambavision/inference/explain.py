@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -17,10 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
+from mambavision.config import Preprocessing
 from mambavision.inference.gpu import KernelTokens
 from mambavision.inference.images import Picture, picture_name, read_image
 from mambavision.inference.predictor import Prediction, Predictor
-from mambavision.inference.preprocess import build_transform
+from mambavision.inference.preprocess import MAX_RESIZED_PIXELS, build_transform
 from mambavision.layers.attention import Attention
 from mambavision.layers.window import window_partition, window_reverse
 from mambavision.models.classifier import MambaVision
@@ -141,8 +143,8 @@ def explain(
 
     Raises:
         ImageError: the picture cannot be read.
-        ValueError: no such class, a network that does not average its last map or is optimised for a GPU, or an
-            output that is not finite.
+        ValueError: no such class, a size too large to prepare pictures of, a network that does not average its last
+            map or is optimised for a GPU, or an output that is not finite.
     """
     pool = predictor.model.pool_type
     if pool != "avg":
@@ -151,8 +153,7 @@ def explain(
         raise ValueError("A network optimised for a GPU forms no attention weights; explain the one it was made of.")
     name = picture_name(picture) or "the picture"
     chosen = None if target is None else find_class(target, predictor.labels)
-    settings = predictor.config.preprocessing
-    settings = settings if img_size is None else replace(settings, img_size=img_size)
+    settings = preprocessing_of_size(predictor.config.preprocessing, img_size)
     height, width = settings.img_size
     factor = max(1, -(-SHOWN_SIDE // max(height, width)))
     image = read_image(picture, name=name)
@@ -203,6 +204,25 @@ def explain(
         shown=shown,
         reductions=reductions,
     )
+
+
+def preprocessing_of_size(settings: Preprocessing, img_size: tuple[int, int] | None) -> Preprocessing:
+    """`settings` for another height and width, None for their own.
+
+    Raises:
+        ValueError: pictures would be resized to more pixels than `preprocess.MAX_RESIZED_PIXELS`.
+    """
+    if img_size is None:
+        return settings
+    sized = replace(settings, img_size=img_size)
+    longest = math.isqrt(MAX_RESIZED_PIXELS)
+    if max(sized.resize_size) > longest:
+        height, width = img_size
+        raise ValueError(
+            f"An image size of {height} x {width} px is too large; choose one of at most "
+            f"{int(longest * settings.crop_pct)} px a side."
+        )
+    return sized
 
 
 def find_class(target: str | int, labels: tuple[str, ...]) -> int:

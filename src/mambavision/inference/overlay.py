@@ -69,7 +69,7 @@ def overlay(
     what = "received" if point is None else "paid by x"
     seen = explanation.seen.convert("RGB").resize(size, Image.Resampling.NEAREST if scale > 2 else Image.Resampling.BOX)
     panels = [
-        (f"Input, {width} x {height} px", seen),
+        (f"Input, {height} x {width} px", seen),  # in the order of `img_size`
         (f"Activation: {explanation.label} {explanation.probability:.1%}", panel(explanation.activation, -1)),
     ]
     if per_block:
