@@ -127,6 +127,14 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("over_large", f"ours over {LARGE}", ".2f"),
         Column("over_original", "ours over the original", ".2f"),
     ),
+    "gpu_pixels": (
+        Column("model", "model"),
+        Column("picture", "picture / px"),
+        Column("batch", "batch"),
+        Column("megapixels_per_second", "megapixels/s", ","),
+        Column("usual", "at 224 px, batch 128", ","),
+        Column("ratio", "ratio", ".2f"),
+    ),
     "others_h200": (
         Column("model", "model"),
         Column("kind", "what"),
@@ -164,8 +172,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
     "precision": (
         Column("precision", "autocast"),
         Column("scan", "scan"),
-        Column("mean", "top-1 %", ".2f"),
-        Column("difference", "difference from the first", "+.2f"),
+        *(Column(f"seed_{seed}", f"seed {seed}, top-1 %", ".2f") for seed in range(3)),
+        Column("difference", "mean difference from the first, seed by seed", "+.2f"),
     ),
     "scan": (
         Column("batch", "sequences"),
@@ -261,10 +269,23 @@ def rivals(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> 
     return pairs
 
 
+def by_pixels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Larger pictures beside those of 224 px, through the same network."""
+    usual = {
+        row["model"]: row["megapixels_per_second"]
+        for row in rows
+        if row["batch"] == 128 and row["way"] == "optimized" and row["picture"] == "224 x 224"
+    }
+    large = [row for row in rows if row["model"].startswith(OURS) and row["picture"] != "224 x 224"]
+    pairs = [row | {"usual": usual["_".join(row["model"].split("_")[:3])]} for row in large]
+    return [row | {"ratio": row["megapixels_per_second"] / row["usual"]} for row in pairs]
+
+
 # Tables that show a part of other files; the origin of the first stands below the table.
 PARTS: dict[str, tuple[tuple[str, ...], Callable[..., list[dict[str, Any]]]]] = {
     "gpu_front": (("gpu_inference",), best_ways),
     "gpu_rivals": (("gpu_inference", "others_h200"), rivals),
+    "gpu_pixels": (("gpu_inference",), by_pixels),
 }
 SHOWN_VERSIONS = ("python", "torch", "timm")  # the result has the others too
 

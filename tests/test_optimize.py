@@ -105,6 +105,16 @@ def test_on_a_cpu_it_takes_any_type_too(dtype):
         assert difference(network.forward_features(images), model.forward_features(images)) < 3e-2
 
 
+@pytest.mark.parametrize("fast", [False, True])
+def test_on_a_cpu_the_type_is_the_fastest_by_default(fast, monkeypatch):
+    monkeypatch.setattr("mambavision.inference.optimization.has_fast_bfloat16", lambda: fast)
+    model, images = trained().eval(), torch.randn(2, 3, 64, 64)
+    network = optimize(model)
+    assert network.compute_dtype == (torch.bfloat16 if fast else torch.float32)
+    with torch.no_grad():
+        assert difference(network(images), model(images)) < 3e-2
+
+
 def test_on_a_cpu_a_gradient_is_not_lost_in_silence():
     network = optimize(trained().eval())
     images = torch.randn(1, 3, 64, 64, requires_grad=True)
@@ -185,7 +195,7 @@ def test_a_model_of_timms_registry_is_one_of_ours():
     model = timm.create_model("mamba_vision_t").eval()
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        assert difference(optimize(model)(images), model(images)) < 1e-4
+        assert difference(optimize(model, dtype=torch.float32)(images), model(images)) < 1e-4
     for pool in ("max", "avgmax", "catavgmax", ""):
         other = timm.create_model("mamba_vision_nano_32", global_pool=pool, num_classes=2 if pool else 0)
         with pytest.raises(ValueError, match=f"average their last map, not '{pool}'"):
@@ -205,7 +215,7 @@ def test_what_is_pruned_later_is_gone(device, heads):
 
 
 def test_a_network_for_a_cpu_keeps_its_type():
-    network = optimize(create_model(TINY))
+    network = optimize(create_model(TINY), dtype=torch.float32)
     images = torch.randn(1, 3, 64, 64)
     expected = network(images)
     assert torch.equal(network.to(memory_format=torch.channels_last).float()(images), expected)

@@ -105,3 +105,21 @@ def test_what_does_not_exist_is_refused(network):
         optimize_for_cpu(fused, dtype=torch.float64)
     with pytest.raises(ValueError, match="on the CPU"):
         optimize_for_cpu(create_model(TINY, device="meta"))
+
+
+@packed
+def test_it_compiles_as_one_graph(network):
+    fast, images = optimize_for_cpu(fuse(network)), torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("instructions", [False, True])
+def test_bfloat16_is_fast_where_there_are_instructions_for_it(instructions, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: instructions)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(cpu, "can_pack", lambda _: True)
+    assert cpu.has_fast_bfloat16() == instructions
+    monkeypatch.setattr(cpu, "can_pack", lambda _: False)
+    assert not cpu.has_fast_bfloat16()

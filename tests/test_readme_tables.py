@@ -155,6 +155,20 @@ def test_each_of_ours_stands_beside_the_fastest_that_is_as_accurate(tables):
     ]
 
 
+def test_larger_pictures_stand_beside_the_same_network(tables):
+    def row(model, picture, batch, megapixels, way="optimized"):
+        return {"model": model, "picture": picture, "batch": batch, "megapixels_per_second": megapixels, "way": way}
+
+    rows = [
+        row("mamba_vision_L2", "224 x 224", 1, 7),
+        row("mamba_vision_L2", "224 x 224", 128, 200),
+        row("mamba_vision_L2", "224 x 224", 128, 300, "optimized-float8"),
+        row("mamba_vision_L2_512_21k", "512 x 512", 32, 150),
+        row("other", "384 x 384", 128, 1),
+    ]
+    assert tables.by_pixels(rows) == [rows[3] | {"usual": 200, "ratio": 0.75}]
+
+
 def test_peers_that_are_as_accurate_as_ours_and_faster_are_named(tables):
     """docs/speed.md says that there are no others."""
     measured = json.loads((tables.RESULTS / "gpu_inference.json").read_text(encoding="utf-8"))

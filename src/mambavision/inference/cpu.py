@@ -71,6 +71,15 @@ def can_pack(dtype: torch.dtype) -> bool:
     return True
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16, and packed kernels that use them.
+
+    oneDNN takes bfloat16 on others too, and is slower there than in float32.
+    """
+    instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return can_pack(torch.bfloat16) and instructions
+
+
 class _Packed(nn.Module):
     """A layer with its weights in oneDNN's layout, which neither the state dict nor `Module.to` know."""
 
@@ -113,7 +122,8 @@ class PackedConv(_Packed):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (batch, channels, H, W) likewise out
         x = x.contiguous(memory_format=torch.channels_last)
         place = (self.weight, self.bias, *self.place)
-        if residual is None or x.shape[2:] == (1, 1):  # PyTorch 2.6 fails to sum maps of a single pixel
+        # PyTorch 2.6 fails to sum maps of a single pixel, and compilers do not know the sum's shape.
+        if residual is None or x.shape[2:] == (1, 1) or torch.compiler.is_compiling():
             y = torch.ops.mkldnn._convolution_pointwise(x, *place, self.activation, [], self.algorithm)
             return y if residual is None else y + residual
         return torch.ops.mkldnn._convolution_pointwise.binary(x, residual, *place, "add", 1.0, None, [], None)

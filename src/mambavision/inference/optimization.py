@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mambavision.config import NUM_LEVELS
-from mambavision.inference.cpu import optimize_for_cpu
+from mambavision.inference.cpu import has_fast_bfloat16, optimize_for_cpu
 from mambavision.inference.fuse import FusedMambaVision, fuse
 from mambavision.inference.gpu import KernelStem, KernelTokens, use_kernels
 from mambavision.inference.graphs import GraphRunner
@@ -41,7 +41,8 @@ def optimize(
         model: a classifier or a backbone with its weights, on the device where the copy shall run.
         mode: `instant` runs at once. `full` takes longer for the first call of a shape, on a GPU to try several tiles
             for each kernel, on a CPU without packed kernels to compile.
-        dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, float32 elsewhere.
+        dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, bfloat16 on a CPU
+            with instructions for it (`cpu.has_fast_bfloat16`), float32 elsewhere.
             float8_e4m3fn is for the blocks of the convolutional levels alone, with bfloat16 around them: faster where
             channels are many, and less exact (see `inference.float8`).
 
@@ -68,7 +69,7 @@ def optimize(
             raise ValueError(f"optimize cannot compute in float8 here: {fault}. Choose another type.")
         dtype = torch.bfloat16
     if device.type == "cpu":
-        dtype = dtype or torch.float32
+        dtype = dtype or (torch.bfloat16 if has_fast_bfloat16() else torch.float32)
         return _of_kind(optimize_for_cpu(fused, dtype=dtype, mode=mode), _CpuClassifier, _CpuBackbone, dtype)
     if dtype is None:
         dtype = torch.float32
