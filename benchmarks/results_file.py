@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -17,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from mambavision.measure.timing import describe_device
+from mambavision.measure.timing import describe_device, installed_versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = (
@@ -82,13 +81,7 @@ def commit() -> str:
 
 def versions() -> dict[str, str]:
     """Python and the installed packages that matter."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version()} | installed_versions(PACKAGES)
 
 
 def _git(*arguments: str) -> str:

@@ -29,6 +29,13 @@ def random(*shape, dtype=torch.float32, scale=1.0):
     return (scale * torch.randn(*shape)).to(dtype).to(DEVICE)
 
 
+def gapped(tensor):
+    """The same values with others between them."""
+    wider = torch.stack([tensor, torch.full_like(tensor, 9)], dim=-1)[..., 0]
+    assert not wider.is_contiguous()
+    return wider
+
+
 def gradients(function, tensors, grad_y, dtype=None):
     """The result and the gradients of all tensors, None for those that are None."""
     leaves = [

@@ -14,7 +14,7 @@ from mambavision.inference.optimization import finished
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
 from mambavision.ops.float8 import scaled_to_float8, to_float8
 from mambavision.ops.tiles import that_fit
-from op_checks import require_triton
+from op_checks import gapped, require_triton
 from test_optimize import difference, photographs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,11 +37,6 @@ def mended(found, expected):
         return found
     halved = (2 * found == expected) & (expected.abs().log2().frac() == 0)
     return torch.where(halved, expected, found)
-
-
-def gapped(vector):
-    """The same values with others between them."""
-    return torch.stack([vector, vector + 9], dim=1)[:, 0]
 
 
 def nearest(values):

@@ -11,7 +11,7 @@ from mambavision.ops.layer_norm import layer_norm
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
-from op_checks import DEVICE, random, require_triton
+from op_checks import DEVICE, gapped, random, require_triton
 
 require_triton()
 
@@ -53,13 +53,6 @@ def check(actual, usual, expected, *, gelu=False):
     assert actual.dtype == usual.dtype
     allowed = (6e-5 if gelu else 1e-6) * expected.numel() ** 0.5
     assert distance(actual, expected) <= 2 * distance(usual, expected) + allowed
-
-
-def gapped(tensor):
-    """The same values with others between them."""
-    wider = torch.stack([tensor, torch.full_like(tensor, 9)], dim=-1)[..., 0]
-    assert not wider.is_contiguous()
-    return wider
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

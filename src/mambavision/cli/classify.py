@@ -53,6 +53,10 @@ def main(argv: Sequence[str]) -> int:
     if not options.paths and not options.samples:
         parser.error("no pictures given: name files, folders or globs, - for standard input, or use --samples")
 
+    # Before the first message, from which on an interrupt is likely: one that meets the `exec` of an import ends
+    # `python -m` by the signal, whatever is returned.
+    import rich.progress  # noqa: F401
+
     from mambavision.inference.picture_files import find_pictures, sample_pictures
 
     messages = message_console()

@@ -8,7 +8,7 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +68,8 @@ def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measu
         OutOfMemoryError: the batch does not fit.
     """
     cuda = subject.device.type == "cuda"
-    if WAYS[
-        subject.way
-    ].compiled:  # else the next sizes would share a slower form, or silently none past Dynamo's limit
-        torch.compiler.reset()
+    if WAYS[subject.way].compiled:
+        torch.compiler.reset()  # else sizes would share a slower form, and past Dynamo's limit run eagerly in silence
     what = f"{subject.name} ({subject.way}, {subject.dtype}) with {batch_size} pictures at once"
     with (
         fitting(what, subject.device, "give a smaller --batch-size, or auto to have one found"),
@@ -143,15 +141,22 @@ def describe_protocol(device: torch.device, seconds: float) -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    for package in VERSIONS:
-        try:
-            described[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
+    described |= installed_versions(VERSIONS)
     described["device"] = describe_device(device)
     if device.type == "cuda":
         described |= {"cuda": str(torch.version.cuda), "clocks": _gpu_clocks(device)}
     return described
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The version of each of `packages` that is installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def describe_device(device: torch.device) -> str:
