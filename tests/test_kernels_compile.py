@@ -17,6 +17,7 @@ SCRIPT = """
 import contextlib, json, sys
 import torch
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 class Described:
@@ -35,6 +36,7 @@ class Described:
 
 driver.set_active(Described())
 torch.cuda.device = lambda device: contextlib.nullcontext()
+CompiledKernel._init_handles = lambda self: None  # nothing is launched
 
 from mambavision import create_model
 from mambavision.inference import gpu
@@ -63,7 +65,7 @@ for network, batch in networks:
         gpu.takes_few = lambda x, few=few: few
         with torch.inference_mode(), launch.precompiling():
             network.forward_features(torch.zeros(batch, 3, *network.config.preprocessing.img_size))
-            names |= {key[0].fn.__name__ for key in launch._precompiling.pending}
+            names |= {key[0].fn.__name__ for key in launch._precompiling.asked}
 
 # The training's own, as its operators launch them.
 from mambavision.ops.add_layer_norm.triton_op import add_layer_norm, add_layer_norm_backward, affine_layer_norm
@@ -94,7 +96,7 @@ with torch.inference_mode(), launch.precompiling():
     _, _, B, C = random(2, 196, 36).split([10, 10, 8, 8], dim=-1)
     scanned = u, u, torch.randn(160, 8), B, C, torch.randn(160), torch.randn(160)
     scan_backward(u, scan_for_training(*scanned)[1], *scanned)
-    names |= {key[0].fn.__name__ for key in launch._precompiling.pending}
+    names |= {key[0].fn.__name__ for key in launch._precompiling.asked}
 print(json.dumps(sorted(names)))
 """
 

@@ -5,19 +5,29 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Hashable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from inspect import getsource
+from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
 
 
-class _Precompiling(threading.local):
-    """What is being compiled for the thread that asked for it; others launch meanwhile."""
+WORKERS = 6  # threads that compile; a sixth of it is Python, for which more of them would wait for each other
 
-    pending: dict[Hashable, Future[Any]] | None = None
-    pool: ThreadPoolExecutor
+
+class _Launch(NamedTuple):
+    kernel: Any
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+    grid: tuple[int, ...]
+
+
+class _Precompiling(threading.local):
+    """What is to be compiled for the thread that asked for it; others launch meanwhile."""
+
+    asked: dict[Hashable, _Launch] | None = None
 
 
 _precompiling = _Precompiling()
@@ -25,8 +35,8 @@ _precompiling = _Precompiling()
 
 def launcher(kernel: Any) -> Any:
     """`kernel`, to be called as `launcher(kernel)[grid](...)` inside a `triton_op`."""
-    if _precompiling.pending is not None:
-        return _Compiled(kernel)
+    if is_precompiling():
+        return _NotedDown(kernel)
     wrapped = wrap_triton(kernel)
     eager = wrapped is kernel  # else it is traced, and whoever compiles the graph sees to the device
     return _OnItsDevice(kernel) if eager and torch.cuda.device_count() > 1 else wrapped
@@ -34,25 +44,26 @@ def launcher(kernel: Any) -> Any:
 
 @contextmanager
 def precompiling() -> Iterator[None]:
-    """While it lasts, kernels are not launched but compiled, on all processors; it ends when all of them are.
+    """While it lasts, kernels are not launched; at its end those that were asked for are compiled, side by side.
 
-    What the ops return meanwhile is memory as it comes. Compiling a kernel takes up to a second, and a network has
-    tens of them.
+    What the ops return meanwhile is memory as it comes. Compiling a kernel takes up to two seconds, and a network has
+    tens of them. Not before the end, as compilers and the network would wait for each other's Python.
     """
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        pending: dict[Hashable, Future[Any]] = {}
-        _precompiling.pending, _precompiling.pool = pending, pool
-        try:
-            yield
-        finally:
-            _precompiling.pending = None
-        for future in pending.values():
-            future.result()
+    asked: dict[Hashable, _Launch] = {}
+    _precompiling.asked = asked
+    try:
+        yield
+    finally:
+        _precompiling.asked = None
+    # The longest source first: it is the slowest to compile.
+    launches = sorted(asked.values(), key=lambda launch: len(getsource(launch.kernel.fn)), reverse=True)
+    with ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
+        list(pool.map(_warm_up, launches))
 
 
 def is_precompiling() -> bool:
     """Whether kernels are compiled and not launched."""
-    return _precompiling.pending is not None
+    return _precompiling.asked is not None
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -75,32 +86,43 @@ class _OnItsDevice:
         return launch
 
 
-class _Compiled:
-    """A kernel whose launch compiles it."""
+class _NotedDown:
+    """A kernel whose launches are noted down, for `precompiling` to compile."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def submit(*arguments: Any, **settings: Any) -> None:
-            pending = _precompiling.pending
-            assert pending is not None
-            key = (self.kernel, *map(_specialised, arguments), *sorted(settings.items()))
-            if key not in pending:
-                pending[key] = _precompiling.pool.submit(_warm_up, self.kernel, arguments, settings, grid)
+        def note(*arguments: Any, **settings: Any) -> None:
+            asked = _precompiling.asked
+            assert asked is not None
+            known = (
+                type(argument) if parameter.do_not_specialize else _specialised(argument)
+                for parameter, argument in zip(self.kernel.params, arguments, strict=False)
+            )
+            key = (self.kernel, *known, *sorted(settings.items()))
+            if key not in asked:
+                asked[key] = _Launch(self.kernel, tuple(map(_stand_in, arguments)), settings, grid)
 
-        return submit
+        return note
 
 
-def _warm_up(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any], grid: tuple[int, ...]) -> None:
+def _warm_up(launch: _Launch) -> None:
     from triton.runtime.errors import OutOfResources
 
-    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    with torch.cuda.device(tensors[0].device):
+    device = next(argument.device for argument in launch.arguments if isinstance(argument, torch.Tensor))
+    with torch.cuda.device(device):
         try:
-            kernel.warmup(*arguments, grid=grid, **settings)
+            compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.settings)
+            _ = compiled.run  # builds, with a C compiler, what launches it; else the first launch would
         except OutOfResources:  # a tile too large for this GPU; `tiles.choose` finds out when it launches it
             return
+
+
+def _stand_in(argument: Any) -> Any:
+    """A tensor without memory that the compiler cannot tell from `argument`."""
+    aligned = isinstance(argument, torch.Tensor) and argument.data_ptr() % 16 == 0
+    return argument.new_empty(0) if aligned else argument
 
 
 def _specialised(argument: Any) -> Any:

@@ -7,7 +7,7 @@ from mambavision.ops.activation_kernels import activated
 from mambavision.ops.float8.kernels import rounded_to_float8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def conv3x3_kernel(
     x,  # (batch, height, width, CHANNELS)
     weight,  # (columns, 3, 3, CHANNELS), a row of it WEIGHT_ROW elements behind the last
@@ -131,7 +131,7 @@ def _finish(
         tl.store(copy + at, rounded_to_float8(acc), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def finish_kernel(
     out,  # (pixels, columns): a product, replaced by what becomes of it
     bias,

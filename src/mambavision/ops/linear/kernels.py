@@ -6,7 +6,7 @@ import triton.language as tl
 from mambavision.ops.activation_kernels import activated
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x,  # (rows, inner)
     weight,  # (columns, inner)

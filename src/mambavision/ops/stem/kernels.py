@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def stem_kernel(
     x,  # (batch, IN, height, width), any strides
     weight1,  # (MIDDLE, IN, 3, 3)
@@ -77,7 +77,7 @@ def stem_kernel(
     tl.store(at, acc.to(out.dtype.element_ty), mask=(pixel < pixels)[:, None] & (column < columns)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def first_conv_kernel(
     x,  # (batch, IN, height, width), any strides
     weight,  # (MIDDLE, IN, 3, 3)
