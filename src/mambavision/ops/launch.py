@@ -4,30 +4,28 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from inspect import getsource
 from typing import Any, NamedTuple
 
 import torch
 from torch.library import wrap_triton
 
-
 WORKERS = 6  # threads that compile; a sixth of it is Python, for which more of them would wait for each other
 
 
-class _Launch(NamedTuple):
-    kernel: Any
-    arguments: tuple[Any, ...]
-    settings: dict[str, Any]
-    grid: tuple[int, ...]
+class _Asked(NamedTuple):
+    compile: Callable[[], object]
+    length: int
 
 
 class _Precompiling(threading.local):
     """What is to be compiled for the thread that asked for it; others launch meanwhile."""
 
-    asked: dict[Hashable, _Launch] | None = None
+    asked: dict[Hashable, _Asked] | None = None
 
 
 _precompiling = _Precompiling()
@@ -49,21 +47,33 @@ def precompiling() -> Iterator[None]:
     What the ops return meanwhile is memory as it comes. Compiling a kernel takes up to two seconds, and a network has
     tens of them. Not before the end, as compilers and the network would wait for each other's Python.
     """
-    asked: dict[Hashable, _Launch] = {}
+    asked: dict[Hashable, _Asked] = {}
     _precompiling.asked = asked
     try:
         yield
     finally:
         _precompiling.asked = None
     # The longest source first: it is the slowest to compile.
-    launches = sorted(asked.values(), key=lambda launch: len(getsource(launch.kernel.fn)), reverse=True)
+    slowest_first = sorted(asked.values(), key=lambda kernel: kernel.length, reverse=True)
     with ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
-        list(pool.map(_warm_up, launches))
+        list(pool.map(lambda kernel: kernel.compile(), slowest_first))
 
 
 def is_precompiling() -> bool:
     """Whether kernels are compiled and not launched."""
     return _precompiling.asked is not None
+
+
+def note(key: Hashable, compile: Callable[[], object], *, length: int = 0) -> None:
+    """Have a kernel compiled at the end of `precompiling`, once for each key.
+
+    Args:
+        key: names the kernel and all that is special about it.
+        compile: makes and keeps it; called by any thread.
+        length: of its source, by which the slow ones come first.
+    """
+    assert _precompiling.asked is not None
+    _precompiling.asked.setdefault(key, _Asked(compile, length))
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -93,27 +103,28 @@ class _NotedDown:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def note(*arguments: Any, **settings: Any) -> None:
-            asked = _precompiling.asked
-            assert asked is not None
+        def take(*arguments: Any, **settings: Any) -> None:
             known = (
                 type(argument) if parameter.do_not_specialize else _specialised(argument)
                 for parameter, argument in zip(self.kernel.params, arguments, strict=False)
             )
-            key = (self.kernel, *known, *sorted(settings.items()))
-            if key not in asked:
-                asked[key] = _Launch(self.kernel, tuple(map(_stand_in, arguments)), settings, grid)
+            few = tuple(map(_stand_in, arguments))
+            note(
+                (self.kernel, *known, *sorted(settings.items())),
+                partial(_warm_up, self.kernel, few, settings, grid),
+                length=len(getsource(self.kernel.fn)),
+            )
 
-        return note
+        return take
 
 
-def _warm_up(launch: _Launch) -> None:
+def _warm_up(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any], grid: tuple[int, ...]) -> None:
     from triton.runtime.errors import OutOfResources
 
-    device = next(argument.device for argument in launch.arguments if isinstance(argument, torch.Tensor))
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
     with torch.cuda.device(device):
         try:
-            compiled = launch.kernel.warmup(*launch.arguments, grid=launch.grid, **launch.settings)
+            compiled = kernel.warmup(*arguments, grid=grid, **settings)
             _ = compiled.run  # builds, with a C compiler, what launches it; else the first launch would
         except OutOfResources:  # a tile too large for this GPU; `tiles.choose` finds out when it launches it
             return

@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.library import triton_op
 
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
+from mambavision.ops.hopper import product_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
+HOPPER = Tile(0, 0, 0, 0, 1)  # the kernel for that generation
 FINISH_PIXELS, FINISH_COLUMNS = 32, 128
 WIDE_FROM, FULL_FROM = 192, 0.77  # channels from which cuDNN's is faster, unless so much of our tiles is of use
 
@@ -71,6 +73,9 @@ def launch(
     x, weight, residual = _laid_out(x, weight, residual)
 
     def run(tile: Tile) -> Tensor:
+        if tile == HOPPER:
+            y: Tensor = hopper.conv3x3(x, weight, bias, residual, stride, activation)
+            return y
         if tile == LIBRARY:
             dense = weight.contiguous(memory_format=torch.channels_last)
             return _finished(F.conv2d(x, dense, None, stride, 1), bias, residual, activation)
@@ -80,6 +85,8 @@ def launch(
 
     key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, x.device)
     tiles = that_fit(candidates(pixels, columns, channels, stride), x.element_size(), x.device)
+    if is_large(pixels, columns) and hopper.serves(x, columns, channels, bias, activation):
+        tiles.insert(0, HOPPER)
     return run(tile or choose(key, tiles, run))
 
 

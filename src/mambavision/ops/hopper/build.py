@@ -1,0 +1,178 @@
+"""CUDA C++ compiled on the machine that runs it, by the compiler that PyTorch brings, and kept in Triton's cache."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any
+
+import torch
+from cuda.bindings import driver, nvrtc
+from triton.runtime.cache import get_cache_manager
+
+ARCHITECTURE = "sm_90a"  # Hopper with what later ones do not have
+
+
+def checked(result: tuple[Any, ...]) -> Any:
+    """What a function of CUDA returned, behind its status.
+
+    Raises:
+        RuntimeError: the status is an error's.
+    """
+    status, *values = result
+    if int(status):
+        raise RuntimeError(f"CUDA answered {status.name}.")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def compiler_version() -> tuple[int, int]:
+    """Of the compiler, major and minor."""
+    major, minor = checked(nvrtc.nvrtcVersion())
+    return int(major), int(minor)
+
+
+def multiply_add(n: int, kind: str) -> str:
+    """The function `wgmma` of `product.cu` for n columns of `bf16` or `f16`: C++ wants each register named."""
+    count = n // 2
+    registers = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void wgmma(
+    float (&sums)[{count}], unsigned long long left, unsigned long long right, int keep) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} "
+      "{{{registers}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
+      : {operands} : "l"(left), "l"(right), "r"(keep));
+}}
+"""
+
+
+def source(constants: tuple[tuple[str, int], ...]) -> str:
+    """`product.cu` with its constants and the function that it asks for."""
+    defined = dict(constants)
+    lines = [f"#define {name} {value}" for name, value in constants]
+    function = multiply_add(defined["N"], "bf16" if defined["BFLOAT16"] else "f16")
+    return "\n".join([*lines, function, (files(__package__) / "product.cu").read_text(encoding="utf-8")])
+
+
+def compiled(text: str) -> bytes:
+    """Machine code of a source.
+
+    Raises:
+        RuntimeError: the compiler refuses it; the message is the compiler's.
+    """
+    key = hashlib.sha256(f"{ARCHITECTURE} {compiler_version()} {text}".encode()).hexdigest()
+    cache_manager = get_cache_manager(key)
+    kept = cache_manager.get_file("product.cubin")
+    if kept is not None:
+        with open(kept, "rb") as file:
+            return file.read()
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"product.cu", 0, [], []))
+    options = [f"--gpu-architecture={ARCHITECTURE}".encode(), b"--std=c++17"]
+    status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
+    if int(status):
+        log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
+        nvrtc.nvrtcGetProgramLog(program, log)
+        raise RuntimeError(f"CUDA's compiler refuses product.cu:\n{log.decode()}")
+    code = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    nvrtc.nvrtcDestroyProgram(program)
+    cache_manager.put(code, "product.cubin")
+    return code
+
+
+@cache
+def kernel(constants: tuple[tuple[str, int], ...], shared_bytes: int, device: int) -> Any:
+    """The function `product` with its constants, loaded on a GPU."""
+    with torch.cuda.device(device):
+        module = checked(driver.cuModuleLoadData(compiled(source(constants))))
+        function = checked(driver.cuModuleGetFunction(module, b"product"))
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
+    return function
+
+
+CHUNK = 64  # channels that a copy brings, as in `product.cu`: 128 bytes, which are swizzled
+MAPS = 1024  # that are kept; making one takes some microseconds
+
+
+@lru_cache(maxsize=MAPS)
+def pixels_map(
+    address: int,
+    sizes: tuple[int, int, int, int],
+    strides: tuple[int, int, int],
+    size: int,
+    stride: int,
+    rows: int,
+    bfloat16: bool,
+) -> Any:
+    """How the copy unit gathers pixels for a convolution.
+
+    Args:
+        address: of the first element.
+        sizes: channels, columns, rows and pictures of the map.
+        strides: from column to column, row to row and picture to picture, in elements.
+        size: rows and columns of taps; as many zeros as centre them are around the map.
+        stride: of the convolution.
+        rows: pixels a copy.
+        bfloat16: the type, else float16.
+    """
+    around = size // 2
+    # The stride of a dimension of size 1 may be anything, but for the copy unit.
+    steps = [step if many > 1 else sizes[0] for many, step in zip(sizes[1:], strides, strict=True)]
+    return checked(
+        driver.cuTensorMapEncodeIm2col(
+            _kind(bfloat16),
+            len(sizes),
+            address,
+            [driver.cuuint64_t(many) for many in sizes],
+            [driver.cuuint64_t(2 * step) for step in steps],
+            [-around, -around],  # of the top left tap, from the first pixel and from the last
+            [around - size + 1, around - size + 1],
+            CHUNK,
+            rows,
+            [driver.cuuint32_t(step) for step in (1, stride, stride, 1)],
+            *_manner(),
+        )
+    )
+
+
+@lru_cache(maxsize=MAPS)
+def weight_map(address: int, columns: int, taps: int, channels: int, row: int, n: int, bfloat16: bool) -> Any:
+    """How the copy unit reads n rows of a weight (columns, taps, channels), `row` elements from one to the next."""
+    return checked(
+        driver.cuTensorMapEncodeTiled(
+            _kind(bfloat16),
+            3,
+            address,
+            [driver.cuuint64_t(many) for many in (channels, taps, columns)],
+            [driver.cuuint64_t(2 * step) for step in (channels, row)],
+            [driver.cuuint32_t(many) for many in (CHUNK, 1, n)],
+            [driver.cuuint32_t(1)] * 3,
+            *_manner(),
+        )
+    )
+
+
+def _kind(bfloat16: bool) -> Any:
+    kinds = driver.CUtensorMapDataType
+    return kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+
+
+def _manner() -> tuple[Any, ...]:
+    """What both maps say last: no interleaving, lines swizzled, whole lines pairwise, zeros beyond the tensor."""
+    return (
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+
+
+def start(function: Any, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[tuple[Any, Any]]) -> None:
+    """Launch on PyTorch's current stream; each argument with its type of C, or None where it knows its own."""
+    values, types = zip(*arguments, strict=True)
+    stream = torch.cuda.current_stream().cuda_stream
+    checked(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, (values, types), 0))

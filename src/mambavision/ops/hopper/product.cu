@@ -1,0 +1,326 @@
+// Convolution or linear layer as a product of matrices, with what follows it, for GPUs of the Hopper generation.
+//
+// out[pixel, column] = act(sum over taps and channels of x[pixel + tap, channel] weight[column, tap, channel]
+//                          + bias[column]) + residual[pixel, column]
+//
+// Why not Triton: its tiles have powers of two columns, and of what it computes for 208 columns a fifth is thrown away;
+// the matrix unit takes any multiple of 8. And its threads wait while a tile's sums are finished; here one team of
+// threads finishes a tile while the other multiplies the next.
+//
+// A block of threads lives as long as the grid and walks over the tiles. One thread only starts copies (into a ring of
+// STAGES, each CHUNK channels of one tap: ROWS pixels, which the copy unit gathers, zeros beyond the map, and N rows of
+// the weight); each team of MEMBERS x 128 threads multiplies what comes, and with TEAMS = 2 they take tiles in turn.
+// What limits all this is what comes from the second cache. So the two blocks of a cluster take neighbouring pixels of
+// the same columns, and each loads every other stage's weights for both.
+//
+// Constants that the host defines: N, a multiple of 8; CHANNELS; SIZE, 1 or 3, rows and columns of taps; STRIDE; TEAMS,
+// MEMBERS; PARTS, products of 64 rows a thread takes part in; STAGES; BFLOAT16; HAS_BIAS, HAS_RESIDUAL;
+// ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh, 3 GELU; and the function `wgmma`, sums (64, N) += left (64, 16) right (16, N).
+//
+// Source: NVIDIA, "Parallel Thread Execution ISA", sections on wgmma, cp.async.bulk.tensor and mbarrier. Taking turns:
+// Shah et al., "FlashAttention-3" (arXiv 2407.08608), section 3.1.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct alignas(64) TensorMap { u64 opaque[16]; };
+
+constexpr int CLUSTER = 2;  // blocks
+constexpr int CHUNK = 64;  // 128 bytes, a line of the cache and the unit of the swizzle
+constexpr int CHUNKS = (CHANNELS + CHUNK - 1) / CHUNK;
+constexpr int LAST_STEPS = (CHANNELS - (CHUNKS - 1) * CHUNK + 15) / 16;  // the last chunk may be narrower
+constexpr int LENGTH = SIZE * SIZE * CHUNKS;                             // stages of a tile
+constexpr int GROUPS = TEAMS * MEMBERS;                                  // of 128 threads that multiply
+constexpr int ROWS = 64 * MEMBERS * PARTS;
+constexpr u32 LEFT_BYTES = ROWS * CHUNK * 2, RIGHT_BYTES = N * CHUNK * 2;
+constexpr u32 STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
+static_assert(STAGE_BYTES % 1024 == 0, "the swizzle repeats every 1,024 bytes");
+
+__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
+
+__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// The only arrival of a stage that is to be filled with so many bytes.
+__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+// Arrive at the barrier of that block of the cluster. With the default scope: a wider one would wait for all of the
+// thread's earlier stores, at three tenths of the kernel's time.
+__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {
+  asm volatile(
+      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(block) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
+  asm volatile(
+      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra AGAIN;\n}" ::"r"(barrier), "r"(phase) : "memory");
+}
+
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Teams wait for their turn and hand it on.
+__device__ __forceinline__ void await_turn(int team) {
+  if (TEAMS > 1) asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "n"(128 * GROUPS) : "memory");
+}
+__device__ __forceinline__ void give_turn(int team) {
+  if (TEAMS > 1) asm volatile("bar.arrive %0, %1;" ::"r"(1 + team), "n"(128 * GROUPS) : "memory");
+}
+
+// CHUNK channels of ROWS pixels from one on, each moved by a tap.
+__device__ __forceinline__ void load_pixels(
+    u32 to, const TensorMap& map, u32 barrier, int channel, int column, int row, int image, int tap) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to), "l"(&map), "r"(barrier), "r"(channel), "r"(column),
+      "r"(row), "r"(image), "h"((short)(tap % SIZE)), "h"((short)(tap / SIZE)) : "memory");
+}
+
+// CHUNK channels of N rows of the weight, for all blocks of the cluster.
+__device__ __forceinline__ void load_weights(u32 to, const TensorMap& map, u32 barrier, int channel, int tap, int row) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+      "[%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to), "l"(&map), "r"(barrier), "r"(channel), "r"(tap), "r"(row),
+      "h"((short)((1 << CLUSTER) - 1)) : "memory");
+}
+
+// How the matrix unit finds an operand: rows of 128 bytes, swizzled, 1,024 bytes from eight rows to the next eight.
+__device__ __forceinline__ u64 operand(u32 at) {
+  return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+}
+
+// Start adding the products of STEPS x 16 channels; `keep` is 0 for the first of a tile, which overwrites.
+template <int STEPS>
+__device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, u32 right, int keep) {
+  u64 left_operand = operand(left), right_operand = operand(right);
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)  // 32 bytes are 16 channels, in units of 16 bytes
+      wgmma(sums[part], left_operand + part * (64 * CHUNK * 2 / 16) + 2 * step, right_operand + 2 * step,
+            step == 0 ? keep : 1);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+// Two neighbouring elements from and to a word.
+__device__ __forceinline__ float2 widened(u32 word) {
+  float2 v;
+#if BFLOAT16
+  v.x = __uint_as_float(word << 16);
+  v.y = __uint_as_float(word & 0xFFFF0000u);
+#else
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
+      : "=f"(v.x), "=f"(v.y) : "r"(word));
+#endif
+  return v;
+}
+__device__ __forceinline__ u32 narrowed(float x, float y) {
+  u32 word;
+#if BFLOAT16
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+#else
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
+#endif
+  return word;
+}
+
+__device__ __forceinline__ float activated(float v) {
+#if ACTIVATION == 1
+  return v < 0.f ? 0.f : v;  // which keeps NaN
+#elif ACTIVATION == 2
+  // 0.5 (1 + tanh u) is the logistic function of 2 u.
+  float power, share;
+  float u = v * (1.5957691216057308f + 0.07135481282553245f * v * v);
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * u));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.f + power));
+  return v * share;
+#elif ACTIVATION == 3
+  // v times the normal distribution's integral, 1/2 + c P(c^2) with c = v cut to -4.4..4.4; within 6e-5.
+  float c = fminf(fmaxf(v, -4.4f), 4.4f);
+  float square = c * c;
+  float p = 3.5694515380e-11f * square - 3.7540672379e-09f;
+  p = p * square + 1.7408534818e-07f;
+  p = p * square - 4.7248793827e-06f;
+  p = p * square + 8.4293133157e-05f;
+  p = p * square - 1.0549932114e-03f;
+  p = p * square + 9.6430303940e-03f;
+  p = p * square - 6.6076433981e-02f;
+  p = p * square + 0.39876161186f;
+  return v < -4.4f ? 0.f : v * (0.5f + c * p);
+#else
+  return v;
+#endif
+}
+
+// Bias, activation and residual, then the stores, of 64 pixels. A thread has the elements 2 q and 2 q + 1 of each block
+// of 8 columns, of two pixels 8 apart. Neighbours trade words, so that each reads and writes two words in a row.
+__device__ __forceinline__ void finish(
+    const float (&sums)[N / 2], const u32* bias, const u32* residual, u32* out, int pixel, int pixels, int column,
+    int columns, int q) {
+  constexpr int BLOCKS = N / 8, BATCH = 4;
+  bool odd = q & 1;
+  u64 at[2];
+  bool inside[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    at[half] = ((u64)(pixel + 8 * half) * columns + column) / 2;  // in words
+    inside[half] = pixel + 8 * half < pixels;
+  }
+#pragma unroll
+  for (int first = 0; first < BLOCKS; first += BATCH) {
+    u32 words[BATCH][2];
+#if HAS_RESIDUAL
+#pragma unroll
+    for (int i = 0; i < BATCH && first + i < BLOCKS; i += 2)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int block = first + i + (first + i + 1 < BLOCKS ? odd : 0);
+        bool there = inside[half] && column + 8 * block < columns;
+        if (first + i + 1 < BLOCKS) {
+          uint2 two = {0, 0};
+          if (there) two = *(const uint2*)(residual + at[half] + 4 * block + (q & 2));
+          u32 got = __shfl_xor_sync(~0u, odd ? two.x : two.y, 1);
+          words[i][half] = odd ? got : two.x;
+          words[i + 1][half] = odd ? two.y : got;
+        } else {
+          words[i][half] = there ? residual[at[half] + 4 * block + q] : 0;
+        }
+      }
+#endif
+#pragma unroll
+    for (int i = 0; i < BATCH && first + i < BLOCKS; ++i) {
+      float2 shift = {0.f, 0.f};
+#if HAS_BIAS
+      if (column + 8 * (first + i) < columns) shift = widened(bias[column / 2 + 4 * (first + i) + q]);
+#endif
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = activated(sums[4 * (first + i) + 2 * half] + shift.x);
+        float y = activated(sums[4 * (first + i) + 2 * half + 1] + shift.y);
+#if HAS_RESIDUAL
+        float2 more = widened(words[i][half]);
+        x += more.x;
+        y += more.y;
+#endif
+        words[i][half] = narrowed(x, y);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < BATCH && first + i < BLOCKS; i += 2)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        int block = first + i + (first + i + 1 < BLOCKS ? odd : 0);
+        bool there = inside[half] && column + 8 * block < columns;
+        if (first + i + 1 < BLOCKS) {
+          u32 got = __shfl_xor_sync(~0u, odd ? words[i][half] : words[i + 1][half], 1);
+          uint2 two = odd ? make_uint2(got, words[i + 1][half]) : make_uint2(words[i][half], got);
+          if (there) *(uint2*)(out + at[half] + 4 * block + (q & 2)) = two;
+        } else if (there) {
+          out[at[half] + 4 * block + q] = words[i][half];
+        }
+      }
+  }
+}
+
+// Grid: blocks that the GPU holds at once, or fewer. `items`: pairs of tiles, one for each block of a cluster.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1) product(
+    const __grid_constant__ TensorMap x_map,       // (batch, height, width, CHANNELS)
+    const __grid_constant__ TensorMap weight_map,  // (columns, SIZE x SIZE, CHANNELS)
+    const u32* bias,                               // (columns,)
+    const u32* residual,                           // (batch, out_height, out_width, columns)
+    u32* out,                                      // the same
+    int pixels, int out_height, int out_width, int columns, int tiles_of_columns, int items) {
+  extern __shared__ unsigned char memory[];
+  __shared__ u64 barriers[2 * STAGES];
+  u32 stages = (shared_address(memory) + 1023) & ~1023u;
+  u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+  if (threadIdx.x == 0) {
+    for (int stage = 0; stage < STAGES; ++stage) {
+      barrier_init(full + 8 * stage, 1);
+      barrier_init(empty + 8 * stage, 4 * MEMBERS * CLUSTER);  // the warps that read it, or a part of it elsewhere
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  cluster_sync();
+  int rank = blockIdx.x % CLUSTER, clusters = gridDim.x / CLUSTER;
+  int stage = 0;
+  u32 phase = 0;
+
+  int group = threadIdx.x / 128;
+  if (group == GROUPS) {  // these copy, and leave their registers to the others
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
+    if (threadIdx.x % 128 == 0) {
+      int turn = 0;  // which block loads the weights
+      for (int item = blockIdx.x / CLUSTER; item < items; item += clusters) {
+        int weight_row = item % tiles_of_columns * N;
+        int pixel = (item / tiles_of_columns * CLUSTER + rank) * ROWS;
+        int image = pixel / (out_height * out_width);
+        int row = pixel / out_width % out_height * STRIDE - SIZE / 2;
+        int column = pixel % out_width * STRIDE - SIZE / 2;
+#if HAS_RESIDUAL
+        int many = (pixels - pixel < ROWS ? pixels - pixel : ROWS) * columns * 2;  // bytes needed at the tile's end
+        if (many > 0)
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual + (u64)pixel * columns / 2), "r"(many));
+#endif
+        for (int tap = 0; tap < SIZE * SIZE; ++tap)
+          for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+            u32 left = stages + stage * STAGE_BYTES;
+            barrier_wait(empty + 8 * stage, phase ^ 1);
+            barrier_expect(full + 8 * stage, STAGE_BYTES);
+            load_pixels(left, x_map, full + 8 * stage, chunk * CHUNK, column, row, image, tap);
+            if (turn == rank)
+              load_weights(left + LEFT_BYTES, weight_map, full + 8 * stage, chunk * CHUNK, tap, weight_row);
+            if (++turn == CLUSTER) turn = 0;
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+          }
+      }
+    }
+    __syncwarp();
+    cluster_sync();  // nobody leaves while others still copy to where it was
+    return;
+  }
+
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 240;");
+  int team = group / MEMBERS, member = group % MEMBERS;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  float sums[PARTS][N / 2];
+  if (team == 1) {
+    phase = LENGTH / STAGES & 1, stage = LENGTH % STAGES;
+    give_turn(0);
+  }
+  for (int item = blockIdx.x / CLUSTER + team * clusters; item < items; item += TEAMS * clusters) {
+    await_turn(team);  // a wait for a stage more than a round ahead would end at once
+    int read = -1;     // the stage whose products are still under way
+    for (int tap = 0; tap < SIZE * SIZE; ++tap)
+#pragma unroll 1
+      for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+        u32 left = stages + stage * STAGE_BYTES, right = left + LEFT_BYTES;
+        left += member * PARTS * 64 * CHUNK * 2;
+        barrier_wait(full + 8 * stage, phase);
+        if (chunk < CHUNKS - 1)
+          multiply<4>(sums, left, right, tap + chunk);
+        else
+          multiply<LAST_STEPS>(sums, left, right, tap + chunk);
+        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        if (read >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
+        read = stage;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+      }
+    give_turn(1 - team);
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    if (lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
+    if (TEAMS > 1) phase ^= (stage + LENGTH) / STAGES & 1, stage = (stage + LENGTH) % STAGES;  // the other team's
+
+    int pixel = (item / tiles_of_columns * CLUSTER + rank) * ROWS + member * PARTS * 64 + warp * 16 + lane / 4;
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+      finish(sums[part], bias, residual, out, pixel + 64 * part, pixels, item % tiles_of_columns * N, columns, lane % 4);
+  }
+  cluster_sync();
+}

@@ -1,0 +1,224 @@
+"""The product for Hopper GPUs: how it is cut, that it compiles anywhere, and on such a GPU its results."""
+
+import pytest
+import torch
+
+from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
+from mambavision.ops.linear import linear
+from op_checks import DEVICE, gapped, random, require_triton
+
+require_triton()
+
+from mambavision.ops import launch  # noqa: E402  (Triton is not everywhere)
+from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402
+from mambavision.ops.hopper import product_op  # noqa: E402
+from mambavision.ops.linear import triton_op as linear_op  # noqa: E402
+
+TYPES = (torch.bfloat16, torch.float16)
+HOPPER = DEVICE == "cuda" and product_op.fault(0) is None
+
+
+def on_hopper(test):
+    """Mark a test as one for such a GPU."""
+    return pytest.mark.gpu(pytest.mark.skipif(not HOPPER, reason="needs a GPU of the Hopper generation")(test))
+
+
+@pytest.mark.parametrize("columns", [112, 128, 160, 192, 200, 208, 216, 256, 392, 400, 512, 784, 1568, 3136, 6272])
+def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
+    cut = product_op.plan(columns)
+    tiles = -(-columns // cut.n)
+    assert cut.n % 8 == 0
+    assert columns <= tiles * cut.n < columns + 8 * tiles
+    assert cut.teams * cut.members == 2
+    assert cut.parts * cut.n // 2 <= 208  # sums in a thread's 240 registers
+    assert cut.stages >= 3
+    assert cut.shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("columns", "channels", "size", "activation", "residual", "bfloat16"),
+    [(208, 208, 3, "gelu_tanh", 0, 1), (256, 128, 3, "none", 1, 0), (200, 48, 1, "gelu", 0, 1),
+     (160, 80, 3, "relu", 0, 0)],
+)  # fmt: skip
+def test_the_source_compiles(columns, channels, size, activation, residual, bfloat16, tmp_path, monkeypatch):
+    pytest.importorskip("cuda.bindings", "12.0")
+    from mambavision.ops.hopper import build
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    cut = product_op.plan(columns)
+    constants = {**cut._asdict(), "CHANNELS": channels, "SIZE": size, "STRIDE": 1, "BFLOAT16": bfloat16,
+                 "HAS_BIAS": 1, "HAS_RESIDUAL": residual, "ACTIVATION": product_op.ACTIVATIONS[activation]}  # fmt: skip
+    text = build.source(tuple((name.upper(), value) for name, value in constants.items()))
+    code = build.compiled(text)
+    assert code[:4] == b"\x7fELF"
+    assert [path.read_bytes() for path in tmp_path.rglob("product.cubin")] == [code]
+    monkeypatch.setattr(build.nvrtc, "nvrtcCreateProgram", None)
+    assert build.compiled(text) == code  # as it was kept
+    with pytest.raises(TypeError):
+        build.compiled(text + "\n")
+
+
+def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
+    pytest.importorskip("cuda.bindings", "12.0")
+    from mambavision.ops.hopper import build
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    with pytest.raises(RuntimeError, match='identifier "nonsense" is undefined'):
+        build.compiled("int x = nonsense;")
+    with pytest.raises(RuntimeError, match="NVRTC_ERROR_INVALID_INPUT"):
+        build.checked((build.nvrtc.nvrtcResult.NVRTC_ERROR_INVALID_INPUT,))
+
+
+def test_other_devices_are_not_served():
+    x = torch.zeros(64, 128, dtype=torch.bfloat16)
+    assert not product_op.serves(x, 128, 128, None, "none")
+
+
+def check(actual, usual, truth, gelu=False):
+    """At most twice as far from float64 as PyTorch in the same type; GELU may be 6e-5 off."""
+    assert actual.shape == usual.shape
+    assert actual.dtype == usual.dtype
+    allowed = 2 * (usual.double() - truth).norm() + (6e-5 if gelu else 1e-6) * truth.numel() ** 0.5
+    assert (actual.double() - truth).norm() <= allowed
+
+
+def wide(*tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def channels_last(tensor):
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("activation", list(product_op.ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("batch", "channels", "columns", "height", "width", "stride", "bias", "residual"),
+    [
+        (1, 8, 112, 1, 1, 1, True, True),  # a single pixel
+        (2, 80, 160, 9, 7, 2, False, False),  # columns for 20 blocks, two chunks of channels
+        (3, 208, 208, 15, 13, 1, True, True),  # a last chunk of 16 channels
+        (2, 400, 392, 6, 31, 1, True, False),  # two tiles of columns, the last not full, an odd number of blocks
+        (1, 24, 256, 40, 33, 1, True, True),  # one team
+        (4, 64, 208, 31, 29, 2, True, False),
+    ],
+)
+def test_convolutions(dtype, activation, batch, channels, columns, height, width, stride, bias, residual, poisoned):
+    x = channels_last(random(batch, channels, height, width, dtype=dtype))
+    weight = random(columns, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5)
+    bias = random(columns, dtype=dtype) if bias else None
+    shape = (batch, columns, -(-height // stride), -(-width // stride))
+    residual = random(*shape, dtype=dtype) if residual else None
+    truth = conv3x3(*wide(x, weight, bias), residual=wide(residual)[0], stride=stride, activation=activation)
+    usual = conv3x3(x, weight, bias, residual=residual, stride=stride, activation=activation, backend="reference")
+    for laid_out in (weight, weight_of_rows(aligned_rows(weight, 2), channels)):
+        found = product_op.conv3x3(x, laid_out, bias, residual, stride, activation)
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        check(found, usual, truth, gelu=activation.startswith("gelu"))
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize(
+    ("channels", "columns", "side", "stride", "residual"),
+    [(208, 208, 56, 1, True), (400, 400, 28, 1, True), (64, 208, 112, 2, False), (400, 784, 28, 2, False),
+     (160, 160, 28, 1, True), (256, 256, 28, 1, True)],
+)  # fmt: skip
+def test_convolutions_at_the_sizes_of_the_networks(dtype, channels, columns, side, stride, residual, poisoned):
+    """Repeated, since a race would show now and then only; more tiles than the GPU has processors."""
+    x = channels_last(random(24, channels, side, side, dtype=dtype))
+    weight = random(columns, channels, 3, 3, dtype=dtype, scale=(9 * channels) ** -0.5)
+    bias = random(columns, dtype=dtype)
+    arguments = {"residual": x if residual else None, "stride": stride, "activation": "gelu_tanh"}
+    usual = conv3x3(x, weight, bias, backend="reference", **arguments)
+    truth = conv3x3(*wide(x, weight, bias), **{**arguments, "residual": wide(arguments["residual"])[0]})
+    assert conv3x3_op.is_large(usual.numel() // columns, columns)
+    found = [product_op.conv3x3(x, weight, bias, arguments["residual"], stride, "gelu_tanh") for _ in range(5)]
+    check(found[0], usual, truth, gelu=True)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    assert torch.equal(
+        conv3x3_op.conv3x3(x, weight, bias, arguments["residual"], stride, "gelu_tanh"), found[0]
+    )  # by rule
+
+
+@on_hopper
+def test_views_with_gaps_and_unaligned_ones(poisoned):
+    dtype = torch.bfloat16
+    wider = channels_last(random(2, 72, 8, 9, dtype=dtype))
+    weight = random(120, 32, 3, 3, dtype=dtype, scale=0.06)
+    bias, residual = random(120, dtype=dtype), random(2, 128, 8, 9, dtype=dtype)
+    memory = random(120 * 9 * 32 + 1, dtype=dtype)[1:]
+    shifted = memory.copy_(weight.permute(0, 2, 3, 1).reshape(-1)).view(120, 3, 3, 32).permute(0, 3, 1, 2)
+    for x in (wider[:, :32], wider[:, 1:33], wider[:, 40:], wider[:, :32].contiguous(), wider[:, :32].transpose(2, 3)):
+        more = residual[:, :120] if x.shape[3] == 9 else residual[:, :120].transpose(2, 3)
+        truth = conv3x3(*wide(x, weight, bias), residual=more.double())
+        usual = conv3x3(x, weight, bias, residual=more, backend="reference")
+        for other in (weight, shifted):
+            check(product_op.conv3x3(x, other, gapped(bias), more, 1, "none"), usual, truth)
+    rows, matrix = random(3, 50, 40, dtype=dtype), random(120, 24, dtype=dtype)
+    for x in (rows[..., :24], rows[..., 3:27], rows[..., 16:], rows.transpose(1, 2)[:, :, :24], gapped(rows[..., :24])):
+        truth, usual = linear(*wide(x, matrix)), linear(x, matrix, backend="reference")
+        check(product_op.linear(x, matrix, None, "none"), usual, truth)
+
+
+@on_hopper
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("activation", list(product_op.ACTIVATIONS))
+@pytest.mark.parametrize(
+    ("rows", "inner", "columns"), [(1, 8, 112), (300, 72, 136), (25088, 784, 3136), (6272, 640, 2560)]
+)
+def test_linear_layers(dtype, activation, rows, inner, columns, poisoned):
+    x, weight = random(rows, inner, dtype=dtype), random(columns, inner, dtype=dtype, scale=inner**-0.5)
+    bias = random(columns, dtype=dtype)
+    truth = linear(*wide(x, weight, bias), activation=activation)
+    usual = linear(x, weight, bias, activation=activation, backend="reference")
+    found = product_op.linear(x, weight, bias, activation)
+    check(found, usual, truth, gelu=activation.startswith("gelu"))
+    if linear_op.is_large(rows, columns) and activation == "gelu":
+        assert torch.equal(linear_op.linear(x, weight, bias, None, None, 0.0, "gelu"), found)  # by rule
+
+
+@on_hopper
+def test_nan_and_infinity_come_through():
+    x = random(300, 64, dtype=torch.bfloat16)
+    x[7], x[9, 0], weight = float("nan"), float("inf"), torch.ones(112, 64, dtype=torch.bfloat16, device=DEVICE)
+    for activation in product_op.ACTIVATIONS:
+        y = product_op.linear(x, weight, None, activation)
+        assert y[7].isnan().all()
+        assert (y[9] == float("inf")).all()
+        assert y[torch.arange(300, device=DEVICE) % 2 == 0].isfinite().all()
+
+
+@on_hopper
+def test_they_are_operators_that_compile_and_record():
+    dtype = torch.bfloat16
+    x, weight = channels_last(random(2, 16, 9, 8, dtype=dtype)), random(112, 16, 3, 3, dtype=dtype, scale=0.1)
+    torch.library.opcheck(product_op.conv3x3, (x, weight, None, None, 2, "relu"))
+    torch.library.opcheck(product_op.linear, (x.permute(0, 2, 3, 1), weight[:, :, 0, 0], None, "gelu"))
+
+    def function(x):
+        return product_op.conv3x3(x, weight, None, None, 1, "gelu_tanh") * 2
+
+    expected = function(x)
+    torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = function(x)
+    x.zero_()
+    graph.replay()
+    assert recorded.count_nonzero() == 0
+
+
+@on_hopper
+def test_they_are_compiled_beforehand(monkeypatch):
+    from mambavision.ops.hopper import build
+
+    x, weight = random(64, 24, dtype=torch.bfloat16), random(176, 24, dtype=torch.bfloat16)
+    asked = []
+    monkeypatch.setattr(build, "kernel", lambda *arguments: asked.append(arguments))
+    with launch.precompiling():
+        product_op.linear(x, weight, None, "none")
+        product_op.linear(x, weight, None, "none")
+        assert not asked
+    assert len(asked) == 1
