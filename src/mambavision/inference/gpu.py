@@ -209,8 +209,10 @@ class KernelTokenBlock(CastWithExact):
         u = F.linear(layer_norm(x, self.early1, eps=self.eps), first.weight, first.bias)
         mixed = self.mixer(u.view(-1, length, u.shape[1]))
         x.addmm_(mixed.reshape(x.shape[0], -1), last.weight.t())
-        normed = layer_norm(x, self.early2, eps=self.eps)
-        hidden = linear(normed, self.fc1.weight, self.fc1.bias, activation="gelu")
+        # One product with bias and GELU (in its tanh form) behind it; no public function asks the library for that.
+        hidden = torch._addmm_activation(
+            self.fc1.bias, layer_norm(x, self.early2, eps=self.eps), self.fc1.weight.t(), use_gelu=True
+        )
         x.addmm_(hidden, self.fc2.weight.t())
 
 

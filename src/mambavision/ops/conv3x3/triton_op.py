@@ -8,8 +8,8 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
+from mambavision.ops.conv3x3.hopper import cuda_op as hopper
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
-from mambavision.ops.hopper import product_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
@@ -85,7 +85,7 @@ def launch(
 
     key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, x.device)
     tiles = that_fit(candidates(pixels, columns, channels, stride), x.element_size(), x.device)
-    if is_large(pixels, columns) and hopper.serves(x, columns, channels, bias, activation):
+    if is_large(pixels, columns) and hopper.serves(x, weight, bias, residual, activation):
         tiles.insert(0, HOPPER)
     return run(tile or choose(key, tiles, run))
 

@@ -54,8 +54,7 @@ def linear(
         residual: (..., columns), added last, or None.
         norm_eps: with a number, x is first layer-normalised over its last dimension, without scale and shift.
         weight_sum: sums of the weight's rows, (columns,), float32; they spare the kernel a pass when x is normalised.
-        activation: `none`, `relu`, `gelu` (by erf; kernels are within 6e-5 of it, a library's large products, in the tanh
-            form, within 5e-4) or `gelu_tanh`.
+        activation: `none`, `relu`, `gelu` (by erf; the kernel's is within 6e-5 of it) or `gelu_tanh`.
         backend: `auto`, or the name of one of `BACKENDS`.
 
     Returns:

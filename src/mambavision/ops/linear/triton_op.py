@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op
 
-from mambavision.ops.hopper import product_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.linear.kernels import linear_kernel
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 GROUP = 8
-LIBRARY = Tile(0, 0, 0, 0, 0)  # cuBLAS's product with bias and GELU, this in its tanh form, within 5e-4 of GELU
-HOPPER = Tile(0, 0, 0, 0, 1)  # the kernel for that generation
 
 
 def candidates(rows: int, columns: int) -> list[Tile]:
@@ -37,31 +32,10 @@ def linear(
     activation: str,
 ) -> Tensor:
     """act(norm(x) weight^T + bias) + residual, contiguous; normed where `weight_sum` is given."""
-    columns, inner = weight.shape
-    shape = (*x.shape[:-1], columns)
-    rows = prod(shape[:-1])
-    if rows == 0 or columns == 0:
-        return x.new_empty(shape)
-
-    def run(tile: Tile) -> Tensor:
-        if tile == HOPPER:
-            y: Tensor = hopper.linear(x, weight, bias, activation)
-            return y
-        if tile == LIBRARY:  # no public function asks the library for that
-            assert bias is not None
-            return torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True).view(shape)
-        out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        launch(x, weight, bias, residual, weight_sum, norm_eps, activation, out, tile)
-        return out
-
-    tiles = that_fit(candidates(rows, columns), x.element_size(), x.device)
-    plain = weight_sum is None and residual is None and bias is not None and activation == "gelu"
-    if plain and is_large(rows, columns):
-        tiles.insert(0, LIBRARY)
-        if hopper.serves(x, columns, inner, bias, activation):
-            tiles.insert(0, HOPPER)
-    key = ("linear", rows, columns, inner, x.dtype, activation, weight_sum is None, residual is None, x.device)
-    return run(choose(key, tiles, run))
+    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if out.numel():
+        launch(x, weight, bias, residual, weight_sum, norm_eps, activation, out)
+    return out
 
 
 def launch(
@@ -73,23 +47,28 @@ def launch(
     norm_eps: float,
     activation: str,
     out: Tensor,
-    tile: Tile,
+    tile: Tile | None = None,
 ) -> None:
-    """Fill `out` by the Triton kernel."""
+    """Fill `out`, with a tile chosen for the shape or given."""
     columns, inner = weight.shape
     x2, out2 = _rows(x), out.view(-1, columns)
     rows = x2.shape[0]
     residual2 = out2 if residual is None else _rows(residual)
     weight, bias, weight_sum = weight.contiguous(), dense(bias), dense(weight_sum)
     unit = common_unit(inner, x2.stride(0), residual2.stride(0), columns)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-    launcher(linear_kernel)[grid](
-        x2, weight, bias, weight_sum, residual2, out2,
-        rows, columns, inner // unit, x2.stride(0) // unit, residual2.stride(0) // unit, columns // unit, norm_eps,
-        UNIT=unit, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP=GROUP,
-        EVEN_K=inner % tile.inner == 0, NORM=weight_sum is not None, HAS_BIAS=bias is not None,
-        HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+
+    def run(tile: Tile) -> None:
+        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+        launcher(linear_kernel)[grid](
+            x2, weight, bias, weight_sum, residual2, out2,
+            rows, columns, inner // unit, x2.stride(0) // unit, residual2.stride(0) // unit, columns // unit, norm_eps,
+            UNIT=unit, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP=GROUP,
+            EVEN_K=inner % tile.inner == 0, NORM=weight_sum is not None, HAS_BIAS=bias is not None,
+            HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+
+    key = ("linear", rows, columns, inner, x.dtype, activation, weight_sum is None, residual is None, x.device)
+    run(tile or choose(key, that_fit(candidates(rows, columns), x.element_size(), x.device), run))
 
 
 def _rows(tensor: Tensor) -> Tensor:

@@ -1,21 +1,21 @@
-// Convolution or linear layer as a product of matrices, with what follows it, for GPUs of the Hopper generation.
+// 3x3 convolution with zeros around it and what follows it, for GPUs of the Hopper generation.
 //
-// out[pixel, column] = act(sum over taps and channels of x[pixel + tap, channel] weight[column, tap, channel]
-//                          + bias[column]) + residual[pixel, column]
+// A product of matrices whose left one is never formed: its rows are pixels, which the copy unit gathers, and its inner
+// index runs over taps and channels.
 //
 // Why not Triton: its tiles have powers of two columns, and of what it computes for 208 columns a fifth is thrown away;
 // the matrix unit takes any multiple of 8. And its threads wait while a tile's sums are finished; here one team of
 // threads finishes a tile while the other multiplies the next.
 //
-// A block of threads lives as long as the grid and walks over the tiles. One thread only starts copies (into a ring of
-// STAGES, each CHUNK channels of one tap: ROWS pixels, which the copy unit gathers, zeros beyond the map, and N rows of
-// the weight); each team of MEMBERS x 128 threads multiplies what comes, and with TEAMS = 2 they take tiles in turn.
-// What limits all this is what comes from the second cache. So the two blocks of a cluster take neighbouring pixels of
-// the same columns, and each loads every other stage's weights for both.
+// A block of threads lives as long as the grid and walks over the tiles. One thread only starts copies into a ring of
+// STAGES: each is CHUNK channels of one tap of ROWS pixels, zeros beyond the map, and of N rows of the weight. Each team
+// of MEMBERS x 128 threads multiplies what comes, and with TEAMS = 2 they take tiles in turn. What limits all this is
+// what comes from the second cache. So the two blocks of a cluster take neighbouring pixels of the same columns, and
+// each loads every other stage's weights for both.
 //
-// Constants that the host defines: N, a multiple of 8; CHANNELS; SIZE, 1 or 3, rows and columns of taps; STRIDE; TEAMS,
-// MEMBERS; PARTS, products of 64 rows a thread takes part in; STAGES; BFLOAT16; HAS_BIAS, HAS_RESIDUAL;
-// ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh, 3 GELU; and the function `wgmma`, sums (64, N) += left (64, 16) right (16, N).
+// Constants that the host defines: N, a multiple of 8; CHANNELS; STRIDE; TEAMS; MEMBERS; PARTS, products of 64 rows that
+// a thread takes part in; STAGES; BFLOAT16; HAS_BIAS, HAS_RESIDUAL; ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh; and the
+// function `wgmma`, sums (64, N) += left (64, 16) right (16, N).
 //
 // Source: NVIDIA, "Parallel Thread Execution ISA", sections on wgmma, cp.async.bulk.tensor and mbarrier. Taking turns:
 // Shah et al., "FlashAttention-3" (arXiv 2407.08608), section 3.1.
@@ -28,7 +28,8 @@ constexpr int CLUSTER = 2;  // blocks
 constexpr int CHUNK = 64;  // 128 bytes, a line of the cache and the unit of the swizzle
 constexpr int CHUNKS = (CHANNELS + CHUNK - 1) / CHUNK;
 constexpr int LAST_STEPS = (CHANNELS - (CHUNKS - 1) * CHUNK + 15) / 16;  // the last chunk may be narrower
-constexpr int LENGTH = SIZE * SIZE * CHUNKS;                             // stages of a tile
+constexpr int TAPS = 9;
+constexpr int LENGTH = TAPS * CHUNKS;                                    // stages of a tile
 constexpr int GROUPS = TEAMS * MEMBERS;                                  // of 128 threads that multiply
 constexpr int ROWS = 64 * MEMBERS * PARTS;
 constexpr u32 LEFT_BYTES = ROWS * CHUNK * 2, RIGHT_BYTES = N * CHUNK * 2;
@@ -78,7 +79,7 @@ __device__ __forceinline__ void load_pixels(
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to), "l"(&map), "r"(barrier), "r"(channel), "r"(column),
-      "r"(row), "r"(image), "h"((short)(tap % SIZE)), "h"((short)(tap / SIZE)) : "memory");
+      "r"(row), "r"(image), "h"((short)(tap % 3)), "h"((short)(tap / 3)) : "memory");
 }
 
 // CHUNK channels of N rows of the weight, for all blocks of the cluster.
@@ -140,19 +141,6 @@ __device__ __forceinline__ float activated(float v) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * u));
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.f + power));
   return v * share;
-#elif ACTIVATION == 3
-  // v times the normal distribution's integral, 1/2 + c P(c^2) with c = v cut to -4.4..4.4; within 6e-5.
-  float c = fminf(fmaxf(v, -4.4f), 4.4f);
-  float square = c * c;
-  float p = 3.5694515380e-11f * square - 3.7540672379e-09f;
-  p = p * square + 1.7408534818e-07f;
-  p = p * square - 4.7248793827e-06f;
-  p = p * square + 8.4293133157e-05f;
-  p = p * square - 1.0549932114e-03f;
-  p = p * square + 9.6430303940e-03f;
-  p = p * square - 6.6076433981e-02f;
-  p = p * square + 0.39876161186f;
-  return v < -4.4f ? 0.f : v * (0.5f + c * p);
 #else
   return v;
 #endif
@@ -229,9 +217,9 @@ __device__ __forceinline__ void finish(
 }
 
 // Grid: blocks that the GPU holds at once, or fewer. `items`: pairs of tiles, one for each block of a cluster.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1) product(
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1) conv3x3(
     const __grid_constant__ TensorMap x_map,       // (batch, height, width, CHANNELS)
-    const __grid_constant__ TensorMap weight_map,  // (columns, SIZE x SIZE, CHANNELS)
+    const __grid_constant__ TensorMap weight_map,  // (columns, TAPS, CHANNELS)
     const u32* bias,                               // (columns,)
     const u32* residual,                           // (batch, out_height, out_width, columns)
     u32* out,                                      // the same
@@ -261,14 +249,14 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
         int weight_row = item % tiles_of_columns * N;
         int pixel = (item / tiles_of_columns * CLUSTER + rank) * ROWS;
         int image = pixel / (out_height * out_width);
-        int row = pixel / out_width % out_height * STRIDE - SIZE / 2;
-        int column = pixel % out_width * STRIDE - SIZE / 2;
+        int row = pixel / out_width % out_height * STRIDE - 1;
+        int column = pixel % out_width * STRIDE - 1;
 #if HAS_RESIDUAL
         int many = (pixels - pixel < ROWS ? pixels - pixel : ROWS) * columns * 2;  // bytes needed at the tile's end
         if (many > 0)
           asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual + (u64)pixel * columns / 2), "r"(many));
 #endif
-        for (int tap = 0; tap < SIZE * SIZE; ++tap)
+        for (int tap = 0; tap < TAPS; ++tap)
           for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             u32 left = stages + stage * STAGE_BYTES;
             barrier_wait(empty + 8 * stage, phase ^ 1);
@@ -297,7 +285,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
   for (int item = blockIdx.x / CLUSTER + team * clusters; item < items; item += TEAMS * clusters) {
     await_turn(team);  // a wait for a stage more than a round ahead would end at once
     int read = -1;     // the stage whose products are still under way
-    for (int tap = 0; tap < SIZE * SIZE; ++tap)
+    for (int tap = 0; tap < TAPS; ++tap)
 #pragma unroll 1
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         u32 left = stages + stage * STAGE_BYTES, right = left + LEFT_BYTES;

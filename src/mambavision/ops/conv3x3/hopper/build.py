@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
-import torch
 from cuda.bindings import driver, nvrtc
 from triton.runtime.cache import get_cache_manager
 
@@ -34,7 +34,7 @@ def compiler_version() -> tuple[int, int]:
 
 
 def multiply_add(n: int, kind: str) -> str:
-    """The function `wgmma` of `product.cu` for n columns of `bf16` or `f16`: C++ wants each register named."""
+    """The function `wgmma` of `kernel.cu` for n columns of `bf16` or `f16`: C++ wants each register named."""
     count = n // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
@@ -50,11 +50,11 @@ __device__ __forceinline__ void wgmma(
 
 
 def source(constants: tuple[tuple[str, int], ...]) -> str:
-    """`product.cu` with its constants and the function that it asks for."""
+    """`kernel.cu` with its constants and the function that it asks for."""
     defined = dict(constants)
     lines = [f"#define {name} {value}" for name, value in constants]
     function = multiply_add(defined["N"], "bf16" if defined["BFLOAT16"] else "f16")
-    return "\n".join([*lines, function, (files(__package__) / "product.cu").read_text(encoding="utf-8")])
+    return "\n".join([*lines, function, (files(__package__) / "kernel.cu").read_text(encoding="utf-8")])
 
 
 def compiled(text: str) -> bytes:
@@ -65,36 +65,53 @@ def compiled(text: str) -> bytes:
     """
     key = hashlib.sha256(f"{ARCHITECTURE} {compiler_version()} {text}".encode()).hexdigest()
     cache_manager = get_cache_manager(key)
-    kept = cache_manager.get_file("product.cubin")
+    kept = cache_manager.get_file("kernel.cubin")
     if kept is not None:
         with open(kept, "rb") as file:
             return file.read()
-    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"product.cu", 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], []))
     options = [f"--gpu-architecture={ARCHITECTURE}".encode(), b"--std=c++17"]
     status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
     if int(status):
         log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
         nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"CUDA's compiler refuses product.cu:\n{log.decode()}")
+        raise RuntimeError(f"CUDA's compiler refuses kernel.cu:\n{log.decode()}")
     code = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
     checked(nvrtc.nvrtcGetCUBIN(program, code))
     nvrtc.nvrtcDestroyProgram(program)
-    cache_manager.put(code, "product.cubin")
+    cache_manager.put(code, "kernel.cubin")
     return code
 
 
 @cache
+def _context(device: int) -> Any:
+    """Of a GPU, the one that PyTorch uses."""
+    return checked(driver.cuDevicePrimaryCtxRetain(checked(driver.cuDeviceGet(device))))
+
+
+@contextmanager
+def on(device: int) -> Iterator[None]:
+    """Have the thread work on a GPU, also one that has not asked PyTorch for anything yet."""
+    checked(driver.cuCtxPushCurrent(_context(device)))
+    try:
+        yield
+    finally:
+        checked(driver.cuCtxPopCurrent())
+
+
+@cache
 def kernel(constants: tuple[tuple[str, int], ...], shared_bytes: int, device: int) -> Any:
-    """The function `product` with its constants, loaded on a GPU."""
-    with torch.cuda.device(device):
-        module = checked(driver.cuModuleLoadData(compiled(source(constants))))
-        function = checked(driver.cuModuleGetFunction(module, b"product"))
+    """The function `conv3x3` with its constants, loaded on a GPU."""
+    code = compiled(source(constants))
+    with on(device):
+        module = checked(driver.cuModuleLoadData(code))
+        function = checked(driver.cuModuleGetFunction(module, b"conv3x3"))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return function
 
 
-CHUNK = 64  # channels that a copy brings, as in `product.cu`: 128 bytes, which are swizzled
+CHUNK = 64  # channels that a copy brings, as in `kernel.cu`: 128 bytes, which are swizzled
 MAPS = 1024  # that are kept; making one takes some microseconds
 
 
@@ -103,23 +120,20 @@ def pixels_map(
     address: int,
     sizes: tuple[int, int, int, int],
     strides: tuple[int, int, int],
-    size: int,
     stride: int,
     rows: int,
     bfloat16: bool,
 ) -> Any:
-    """How the copy unit gathers pixels for a convolution.
+    """How the copy unit gathers pixels.
 
     Args:
         address: of the first element.
         sizes: channels, columns, rows and pictures of the map.
         strides: from column to column, row to row and picture to picture, in elements.
-        size: rows and columns of taps; as many zeros as centre them are around the map.
         stride: of the convolution.
         rows: pixels a copy.
         bfloat16: the type, else float16.
     """
-    around = size // 2
     # The stride of a dimension of size 1 may be anything, but for the copy unit.
     steps = [step if many > 1 else sizes[0] for many, step in zip(sizes[1:], strides, strict=True)]
     return checked(
@@ -129,8 +143,8 @@ def pixels_map(
             address,
             [driver.cuuint64_t(many) for many in sizes],
             [driver.cuuint64_t(2 * step) for step in steps],
-            [-around, -around],  # of the top left tap, from the first pixel and from the last
-            [around - size + 1, around - size + 1],
+            [-1, -1],  # where the top left tap is for the first pixel, and for the last
+            [-1, -1],
             CHUNK,
             rows,
             [driver.cuuint32_t(step) for step in (1, stride, stride, 1)],
@@ -140,14 +154,14 @@ def pixels_map(
 
 
 @lru_cache(maxsize=MAPS)
-def weight_map(address: int, columns: int, taps: int, channels: int, row: int, n: int, bfloat16: bool) -> Any:
-    """How the copy unit reads n rows of a weight (columns, taps, channels), `row` elements from one to the next."""
+def weight_map(address: int, columns: int, channels: int, row: int, n: int, bfloat16: bool) -> Any:
+    """How the copy unit reads n rows of a weight (columns, 9, channels), `row` elements from one to the next."""
     return checked(
         driver.cuTensorMapEncodeTiled(
             _kind(bfloat16),
             3,
             address,
-            [driver.cuuint64_t(many) for many in (channels, taps, columns)],
+            [driver.cuuint64_t(many) for many in (channels, 9, columns)],
             [driver.cuuint64_t(2 * step) for step in (channels, row)],
             [driver.cuuint32_t(many) for many in (CHUNK, 1, n)],
             [driver.cuuint32_t(1)] * 3,
@@ -171,8 +185,9 @@ def _manner() -> tuple[Any, ...]:
     )
 
 
-def start(function: Any, blocks: int, threads: int, shared_bytes: int, arguments: Sequence[tuple[Any, Any]]) -> None:
-    """Launch on PyTorch's current stream; each argument with its type of C, or None where it knows its own."""
+def start(
+    function: Any, blocks: int, threads: int, shared_bytes: int, stream: int, arguments: Sequence[tuple[Any, Any]]
+) -> None:
+    """Launch on a stream of the current GPU; each argument with its type of C, or None where it knows its own."""
     values, types = zip(*arguments, strict=True)
-    stream = torch.cuda.current_stream().cuda_stream
     checked(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, (values, types), 0))

@@ -1,21 +1,21 @@
-"""The product for Hopper GPUs: how it is cut, that it compiles anywhere, and on such a GPU its results."""
+"""The convolution for Hopper GPUs: how it is cut, that it compiles anywhere, and on such a GPU its results."""
+
+import threading
 
 import pytest
 import torch
 
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
-from mambavision.ops.linear import linear
 from op_checks import DEVICE, gapped, random, require_triton
 
 require_triton()
 
 from mambavision.ops import launch  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402
-from mambavision.ops.hopper import product_op  # noqa: E402
-from mambavision.ops.linear import triton_op as linear_op  # noqa: E402
+from mambavision.ops.conv3x3.hopper import cuda_op  # noqa: E402
 
 TYPES = (torch.bfloat16, torch.float16)
-HOPPER = DEVICE == "cuda" and product_op.fault(0) is None
+HOPPER = DEVICE == "cuda" and cuda_op.fault(0) is None
 
 
 def on_hopper(test):
@@ -25,7 +25,7 @@ def on_hopper(test):
 
 @pytest.mark.parametrize("columns", [112, 128, 160, 192, 200, 208, 216, 256, 392, 400, 512, 784, 1568, 3136, 6272])
 def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
-    cut = product_op.plan(columns)
+    cut = cuda_op.plan(columns)
     tiles = -(-columns // cut.n)
     assert cut.n % 8 == 0
     assert columns <= tiles * cut.n < columns + 8 * tiles
@@ -36,22 +36,21 @@ def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
 
 
 @pytest.mark.parametrize(
-    ("columns", "channels", "size", "activation", "residual", "bfloat16"),
-    [(208, 208, 3, "gelu_tanh", 0, 1), (256, 128, 3, "none", 1, 0), (200, 48, 1, "gelu", 0, 1),
-     (160, 80, 3, "relu", 0, 0)],
-)  # fmt: skip
-def test_the_source_compiles(columns, channels, size, activation, residual, bfloat16, tmp_path, monkeypatch):
+    ("columns", "channels", "activation", "residual", "bfloat16"),
+    [(208, 208, "gelu_tanh", 0, 1), (256, 128, "none", 1, 0), (200, 48, "relu", 0, 1)],
+)
+def test_the_source_compiles(columns, channels, activation, residual, bfloat16, tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings", "12.0")
-    from mambavision.ops.hopper import build
+    from mambavision.ops.conv3x3.hopper import build
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    cut = product_op.plan(columns)
-    constants = {**cut._asdict(), "CHANNELS": channels, "SIZE": size, "STRIDE": 1, "BFLOAT16": bfloat16,
-                 "HAS_BIAS": 1, "HAS_RESIDUAL": residual, "ACTIVATION": product_op.ACTIVATIONS[activation]}  # fmt: skip
+    cut = cuda_op.plan(columns)
+    constants = {**cut._asdict(), "CHANNELS": channels, "STRIDE": 1, "BFLOAT16": bfloat16,
+                 "HAS_BIAS": 1, "HAS_RESIDUAL": residual, "ACTIVATION": cuda_op.ACTIVATIONS[activation]}  # fmt: skip
     text = build.source(tuple((name.upper(), value) for name, value in constants.items()))
     code = build.compiled(text)
     assert code[:4] == b"\x7fELF"
-    assert [path.read_bytes() for path in tmp_path.rglob("product.cubin")] == [code]
+    assert [path.read_bytes() for path in tmp_path.rglob("kernel.cubin")] == [code]
     monkeypatch.setattr(build.nvrtc, "nvrtcCreateProgram", None)
     assert build.compiled(text) == code  # as it was kept
     with pytest.raises(TypeError):
@@ -60,7 +59,7 @@ def test_the_source_compiles(columns, channels, size, activation, residual, bflo
 
 def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings", "12.0")
-    from mambavision.ops.hopper import build
+    from mambavision.ops.conv3x3.hopper import build
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     with pytest.raises(RuntimeError, match='identifier "nonsense" is undefined'):
@@ -70,8 +69,8 @@ def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
 
 
 def test_other_devices_are_not_served():
-    x = torch.zeros(64, 128, dtype=torch.bfloat16)
-    assert not product_op.serves(x, 128, 128, None, "none")
+    x = torch.zeros(1, 128, 8, 8, dtype=torch.bfloat16)
+    assert not cuda_op.serves(x, torch.zeros(128, 128, 3, 3, dtype=x.dtype), None, None, "none")
 
 
 def check(actual, usual, truth, gelu=False):
@@ -92,7 +91,7 @@ def channels_last(tensor):
 
 @on_hopper
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("activation", list(product_op.ACTIVATIONS))
+@pytest.mark.parametrize("activation", list(cuda_op.ACTIVATIONS))
 @pytest.mark.parametrize(
     ("batch", "channels", "columns", "height", "width", "stride", "bias", "residual"),
     [
@@ -113,7 +112,7 @@ def test_convolutions(dtype, activation, batch, channels, columns, height, width
     truth = conv3x3(*wide(x, weight, bias), residual=wide(residual)[0], stride=stride, activation=activation)
     usual = conv3x3(x, weight, bias, residual=residual, stride=stride, activation=activation, backend="reference")
     for laid_out in (weight, weight_of_rows(aligned_rows(weight, 2), channels)):
-        found = product_op.conv3x3(x, laid_out, bias, residual, stride, activation)
+        found = cuda_op.conv3x3(x, laid_out, bias, residual, stride, activation)
         assert found.is_contiguous(memory_format=torch.channels_last)
         check(found, usual, truth, gelu=activation.startswith("gelu"))
 
@@ -134,7 +133,7 @@ def test_convolutions_at_the_sizes_of_the_networks(dtype, channels, columns, sid
     usual = conv3x3(x, weight, bias, backend="reference", **arguments)
     truth = conv3x3(*wide(x, weight, bias), **{**arguments, "residual": wide(arguments["residual"])[0]})
     assert conv3x3_op.is_large(usual.numel() // columns, columns)
-    found = [product_op.conv3x3(x, weight, bias, arguments["residual"], stride, "gelu_tanh") for _ in range(5)]
+    found = [cuda_op.conv3x3(x, weight, bias, arguments["residual"], stride, "gelu_tanh") for _ in range(5)]
     check(found[0], usual, truth, gelu=True)
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert torch.equal(
@@ -155,50 +154,29 @@ def test_views_with_gaps_and_unaligned_ones(poisoned):
         truth = conv3x3(*wide(x, weight, bias), residual=more.double())
         usual = conv3x3(x, weight, bias, residual=more, backend="reference")
         for other in (weight, shifted):
-            check(product_op.conv3x3(x, other, gapped(bias), more, 1, "none"), usual, truth)
-    rows, matrix = random(3, 50, 40, dtype=dtype), random(120, 24, dtype=dtype)
-    for x in (rows[..., :24], rows[..., 3:27], rows[..., 16:], rows.transpose(1, 2)[:, :, :24], gapped(rows[..., :24])):
-        truth, usual = linear(*wide(x, matrix)), linear(x, matrix, backend="reference")
-        check(product_op.linear(x, matrix, None, "none"), usual, truth)
-
-
-@on_hopper
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("activation", list(product_op.ACTIVATIONS))
-@pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(1, 8, 112), (300, 72, 136), (25088, 784, 3136), (6272, 640, 2560)]
-)
-def test_linear_layers(dtype, activation, rows, inner, columns, poisoned):
-    x, weight = random(rows, inner, dtype=dtype), random(columns, inner, dtype=dtype, scale=inner**-0.5)
-    bias = random(columns, dtype=dtype)
-    truth = linear(*wide(x, weight, bias), activation=activation)
-    usual = linear(x, weight, bias, activation=activation, backend="reference")
-    found = product_op.linear(x, weight, bias, activation)
-    check(found, usual, truth, gelu=activation.startswith("gelu"))
-    if linear_op.is_large(rows, columns) and activation == "gelu":
-        assert torch.equal(linear_op.linear(x, weight, bias, None, None, 0.0, "gelu"), found)  # by rule
+            check(cuda_op.conv3x3(x, other, gapped(bias), more, 1, "none"), usual, truth)
 
 
 @on_hopper
 def test_nan_and_infinity_come_through():
-    x = random(300, 64, dtype=torch.bfloat16)
-    x[7], x[9, 0], weight = float("nan"), float("inf"), torch.ones(112, 64, dtype=torch.bfloat16, device=DEVICE)
-    for activation in product_op.ACTIVATIONS:
-        y = product_op.linear(x, weight, None, activation)
-        assert y[7].isnan().all()
-        assert (y[9] == float("inf")).all()
-        assert y[torch.arange(300, device=DEVICE) % 2 == 0].isfinite().all()
+    x = torch.ones(1, 64, 30, 30, dtype=torch.bfloat16, device=DEVICE)
+    x[0, :, 5, 5], x[0, 3, 20, 20] = float("nan"), float("inf")
+    weight = torch.ones(112, 64, 3, 3, dtype=torch.bfloat16, device=DEVICE)
+    for activation in cuda_op.ACTIVATIONS:
+        y = cuda_op.conv3x3(channels_last(x), weight, None, None, 1, activation)
+        assert y[0, :, 4:7, 4:7].isnan().all()
+        assert (y[0, :, 19:22, 19:22] == float("inf")).all()
+        assert y.isfinite().sum() == 112 * (900 - 18)
 
 
 @on_hopper
-def test_they_are_operators_that_compile_and_record():
+def test_it_is_an_operator_that_compiles_and_records():
     dtype = torch.bfloat16
     x, weight = channels_last(random(2, 16, 9, 8, dtype=dtype)), random(112, 16, 3, 3, dtype=dtype, scale=0.1)
-    torch.library.opcheck(product_op.conv3x3, (x, weight, None, None, 2, "relu"))
-    torch.library.opcheck(product_op.linear, (x.permute(0, 2, 3, 1), weight[:, :, 0, 0], None, "gelu"))
+    torch.library.opcheck(cuda_op.conv3x3, (x, weight, None, None, 2, "relu"))
 
     def function(x):
-        return product_op.conv3x3(x, weight, None, None, 1, "gelu_tanh") * 2
+        return cuda_op.conv3x3(x, weight, None, None, 1, "gelu_tanh") * 2
 
     expected = function(x)
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), expected)
@@ -211,14 +189,24 @@ def test_they_are_operators_that_compile_and_record():
 
 
 @on_hopper
-def test_they_are_compiled_beforehand(monkeypatch):
-    from mambavision.ops.hopper import build
+def test_it_is_compiled_beforehand(monkeypatch):
+    from mambavision.ops.conv3x3.hopper import build
 
-    x, weight = random(64, 24, dtype=torch.bfloat16), random(176, 24, dtype=torch.bfloat16)
+    x, weight = channels_last(random(1, 24, 5, 5, dtype=TYPES[0])), random(176, 24, 3, 3, dtype=TYPES[0])
     asked = []
     monkeypatch.setattr(build, "kernel", lambda *arguments: asked.append(arguments))
     with launch.precompiling():
-        product_op.linear(x, weight, None, "none")
-        product_op.linear(x, weight, None, "none")
+        cuda_op.conv3x3(x, weight, None, None, 1, "none")
+        cuda_op.conv3x3(x, weight, None, None, 1, "none")
         assert not asked
     assert len(asked) == 1
+
+
+@on_hopper
+def test_a_thread_that_never_used_the_gpu_compiles_and_launches():
+    x, weight = channels_last(random(1, 32, 5, 5, dtype=TYPES[0])), random(184, 32, 3, 3, dtype=TYPES[0])
+    results = []
+    thread = threading.Thread(target=lambda: results.append(cuda_op.conv3x3(x, weight, None, None, 1, "none")))
+    thread.start()
+    thread.join()
+    assert torch.equal(results[0], cuda_op.conv3x3(x, weight, None, None, 1, "none"))
