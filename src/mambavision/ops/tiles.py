@@ -119,20 +119,30 @@ def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], obje
 
 
 def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
-    """Shortest of a few rounds; infinite for a tile that the GPU has no room for."""
+    """Shortest of a few rounds; infinite for a tile that the GPU has no room for.
+
+    Each round replays a recording: launched one by one, small kernels would take the time of their launches.
+    """
     from triton.runtime.errors import OutOfResources
 
     try:
         run(tile)
     except OutOfResources:
         return float("inf")
-    times: list[float] = []
-    for _ in range(_ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
+    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run(tile)  # libraries take their work space for the stream
+        graph.capture_begin(capture_error_mode="thread_local")
         for _ in range(_CALLS):
             run(tile)
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
+        graph.capture_end()
+        times: list[float] = []
+        for _ in range(_ROUNDS):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
     return min(times)

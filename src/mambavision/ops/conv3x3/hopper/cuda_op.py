@@ -19,7 +19,9 @@ WIDEST_TURNS = 208  # columns up to which a thread holds the sums of two product
 SHARED_BYTES, AROUND = 227 * 1024, 2048  # of a block; for its barriers and to align the stages
 MOST_STAGES = 8
 THREADS = 384  # one group of 128 that copies, two that multiply
-LEAST_COLUMNS = 112  # below, what is copied for a product takes longer than the product
+# Where what is copied for a product takes longer than the product: with fewer columns, or where so much more than the
+# channels is copied.
+LEAST_COLUMNS, MOST_COPIED = 112, 1.4
 UNIT, BYTES = 8, 16  # elements and their bytes, of which the copy unit wants multiples
 MOST_ELEMENTS = 2**31 - 2**20  # of a map, which are counted in 32 bits
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu_tanh": 2}
@@ -97,6 +99,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         and all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias, residual))
         and activation in ACTIVATIONS
         and columns >= LEAST_COLUMNS
+        and -(-channels // CHUNK) * CHUNK <= MOST_COPIED * channels
         and columns % UNIT == 0
         and channels % UNIT == 0
         and x.numel() // channels * max(channels, columns) < MOST_ELEMENTS
