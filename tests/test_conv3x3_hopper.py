@@ -73,6 +73,20 @@ def test_other_devices_are_not_served():
     assert not cuda_op.serves(x, torch.zeros(128, 128, 3, 3, dtype=x.dtype), None, None, "none")
 
 
+def test_a_measured_choice_holds_only_where_the_kernel_serves(monkeypatch):
+    """Else a bias of another type, for which the kernel is no candidate, would be read by it."""
+    asked = []
+    monkeypatch.setattr(conv3x3_op, "is_large", lambda *_: True)
+    monkeypatch.setattr(cuda_op, "serves", lambda x, _, bias, *__: bias.dtype == x.dtype)
+    monkeypatch.setattr(conv3x3_op, "choose", lambda key, tiles, _: (asked.append((key, tiles[0])), tiles[-1])[1])
+    x, weight = channels_last(random(1, 16, 5, 5, dtype=torch.float16)), random(16, 16, 3, 3, dtype=torch.float16)
+    for dtype in (torch.float16, torch.float32):
+        conv3x3_op.launch(x, weight, random(16, dtype=dtype), None, 1, "none")
+    (one, first), (other, second) = asked
+    assert one != other
+    assert first == conv3x3_op.HOPPER != second
+
+
 def check(actual, usual, truth, gelu=False):
     """At most twice as far from float64 as PyTorch in the same type; GELU may be 6e-5 off."""
     assert actual.shape == usual.shape

@@ -67,6 +67,25 @@ for network, batch in networks:
             network.forward_features(torch.zeros(batch, 3, *network.config.preprocessing.img_size))
             names |= {key[0].fn.__name__ for key in launch._precompiling.asked}
 
+# Batch sizes share their kernels.
+from mambavision.ops.conv3x3 import triton_op as conv3x3_op
+from mambavision.ops.linear import triton_op as linear_op
+from mambavision.ops.tiles import Tile
+
+def asked_for(batch):
+    maps = torch.zeros(batch, 64, 9, 7, dtype=torch.bfloat16).contiguous(memory_format=torch.channels_last)
+    weight, rows = torch.zeros(80, 64, 3, 3, dtype=torch.bfloat16), maps.permute(0, 2, 3, 1).flatten(0, 2)
+    with launch.precompiling():
+        conv3x3_op.launch(maps, weight, None, None, 1, "none", Tile(64, 64, 64, 4, 4))
+        out = torch.zeros(len(rows), 80, dtype=torch.bfloat16)
+        linear_op.launch(rows, weight[:, :, 0, 0], None, None, None, 0.0, "none", out, Tile(64, 64, 64, 4, 4))
+        keys = set(launch._precompiling.asked)
+        launch._precompiling.asked.clear()
+    return keys
+
+assert len(asked_for(16)) == 2
+assert asked_for(16) == asked_for(129)
+
 # The training's own, as its operators launch them.
 from mambavision.ops.add_layer_norm.triton_op import add_layer_norm, add_layer_norm_backward, affine_layer_norm
 from mambavision.ops.batch_norm.triton_op import batch_norm, batch_norm_backward

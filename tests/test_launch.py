@@ -1,6 +1,7 @@
 """Launching: on the GPU where the tensors are, for any number of programs, and by several threads."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -38,6 +39,35 @@ def test_a_thread_launches_while_another_compiles():
         assert launch.is_precompiling()
     assert seen == [False]
     assert not launch.is_precompiling()
+
+
+def test_what_is_noted_is_compiled_at_the_end_once_and_the_longest_first(monkeypatch):
+    monkeypatch.setattr(launch, "WORKERS", 1)
+    done = []
+    with launch.precompiling():
+        for name, length in (("short", 1), ("long", 9), ("short", 1)):
+            launch.note(name, partial(done.append, name), length=length)
+        assert not done
+    assert done == ["long", "short"]
+
+
+def test_nothing_is_compiled_for_what_failed():
+    done = []
+
+    def fail():
+        with launch.precompiling():
+            launch.note("name", partial(done.append, "name"))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not done
+    assert not launch.is_precompiling()
+
+
+def test_a_failed_compilation_is_told():
+    with pytest.raises(ZeroDivisionError), launch.precompiling():
+        launch.note("name", lambda: 1 / 0)
 
 
 @pytest.mark.gpu

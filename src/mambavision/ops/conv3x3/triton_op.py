@@ -83,10 +83,11 @@ def launch(
         _launch_kernel(tile, x, weight, None, bias, residual, out, None, stride, activation)
         return out
 
-    key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, x.device)
     tiles = that_fit(candidates(pixels, columns, channels, stride), x.element_size(), x.device)
-    if is_large(pixels, columns) and hopper.serves(x, weight, bias, residual, activation):
+    served = is_large(pixels, columns) and hopper.serves(x, weight, bias, residual, activation)
+    if served:
         tiles.insert(0, HOPPER)
+    key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, served, x.device)
     return run(tile or choose(key, tiles, run))
 
 
