@@ -1,5 +1,6 @@
 """The convolution for Hopper GPUs: how it is cut, that it compiles anywhere, and on such a GPU its results."""
 
+import sys
 import threading
 
 import pytest
@@ -66,6 +67,79 @@ def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
         build.compiled("int x = nonsense;")
     with pytest.raises(RuntimeError, match="NVRTC_ERROR_INVALID_INPUT"):
         build.checked((build.nvrtc.nvrtcResult.NVRTC_ERROR_INVALID_INPUT,))
+
+
+class TestFault:
+    """On a GPU of the generation, whatever is missing is said, and the kernel is not taken."""
+
+    @pytest.fixture(autouse=True)
+    def hopper(self, monkeypatch):
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+
+    def fault(self):
+        return cuda_op.fault.__wrapped__(0)
+
+    def test_no_bindings(self, monkeypatch):
+        monkeypatch.delitem(sys.modules, "mambavision.ops.conv3x3.hopper.build", raising=False)
+        monkeypatch.delattr("mambavision.ops.conv3x3.hopper.build", raising=False)
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        with pytest.warns(UserWarning, match="through Triton.*pip install cuda-bindings"):
+            assert "cuda-bindings" in self.fault()
+
+    @pytest.mark.parametrize(
+        "error", [RuntimeError("CUDA answered no"), OSError("no such library"), AttributeError("x")]
+    )
+    def test_something_goes_wrong(self, error, monkeypatch):
+        pytest.importorskip("cuda.bindings", "12.0")
+
+        def fail(_):
+            raise error
+
+        monkeypatch.setattr("mambavision.ops.conv3x3.hopper.build.try_out", fail)
+        with pytest.warns(UserWarning, match=str(error)):
+            assert self.fault() == f"{type(error).__name__}: {error}"
+
+    def test_nothing_does(self, monkeypatch):
+        pytest.importorskip("cuda.bindings", "12.0")
+        monkeypatch.setattr("mambavision.ops.conv3x3.hopper.build.try_out", lambda _: None)
+        assert self.fault() is None
+
+    @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
+    def test_other_generations_hear_nothing(self, capability, monkeypatch, recwarn):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+        assert "Hopper" in self.fault()
+        assert not recwarn
+
+    def test_amd(self, monkeypatch, recwarn):
+        monkeypatch.setattr(torch.version, "cuda", None)
+        assert "Hopper" in self.fault()
+        assert not recwarn
+
+
+def test_types_that_do_not_fit_are_refused():
+    x, weight = torch.zeros(1, 16, 4, 4, dtype=torch.float16), torch.zeros(112, 16, 3, 3, dtype=torch.float16)
+    for bias, residual in ((torch.zeros(112), None), (None, torch.zeros(1, 112, 4, 4))):
+        with pytest.raises(TypeError, match="must be of the map's type"):
+            cuda_op.conv3x3(x, weight, bias, residual, 1, "none")
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 1, 1), (1, 16, 5, 1), (1, 16, 1, 6), (2, 16, 3, 4)])
+def test_what_the_copy_unit_cannot_read_is_copied(shape):
+    x = channels_last(torch.randn(shape).half())
+    assert cuda_op._readable(x) is x
+    shifted = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(shape[0], *shape[2:], 16).permute(0, 3, 1, 2)
+    expanded = torch.randn(1, 1, 1, 16).half().permute(0, 3, 1, 2).expand(shape)
+    for other in (shifted.copy_(x), expanded):
+        found = cuda_op._readable(other)
+        assert torch.equal(found, other)
+        assert found.stride(1) == 1
+        assert found.data_ptr() % 16 == 0
+        assert all(found.stride(dim) % 8 == 0 for dim in (0, 2, 3) if shape[dim] > 1)
+        assert found is not other or max(shape[0], *shape[2:]) == 1
+    rows = torch.zeros(112 * 160 + 1, dtype=x.dtype)[1:].view(112, 160)  # a weight with gaps, shifted
+    found = cuda_op._readable(weight_of_rows(rows, 16))
+    assert found.stride() == (144, 1, 48, 16)
 
 
 def test_other_devices_are_not_served():

@@ -111,6 +111,13 @@ def kernel(constants: tuple[tuple[str, int], ...], shared_bytes: int, device: in
     return function
 
 
+def try_out(device: int) -> None:
+    """Compile and load a kernel that does nothing; raises what goes wrong."""
+    code = compiled('extern "C" __global__ void nothing() {}')
+    with on(device):
+        checked(driver.cuModuleUnload(checked(driver.cuModuleLoadData(code))))
+
+
 CHUNK = 64  # channels that a copy brings, as in `kernel.cu`: 128 bytes, which are swizzled
 MAPS = 1024  # that are kept; making one takes some microseconds
 

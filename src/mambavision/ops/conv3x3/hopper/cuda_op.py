@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import warnings
 from functools import cache, partial
 from typing import NamedTuple
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mambavision.ops import launch
-from mambavision.ops.launch import dense
 
 CLUSTER = 2  # blocks, as in `kernel.cu`, and its next two
 CHUNK = 64  # channels
@@ -75,18 +75,21 @@ def _stage_bytes(rows: int, n: int) -> int:
 
 @cache
 def fault(device: int) -> str | None:
-    """Why the kernel cannot run on a GPU, or None."""
+    """Why the kernel cannot run on a GPU, or None. On a GPU that it is made for, a warning says it too."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return "it is not of the Hopper generation"
     try:
-        from mambavision.ops.conv3x3.hopper.build import compiler_version
+        from mambavision.ops.conv3x3.hopper import build
 
-        major, _ = compiler_version()
+        build.try_out(device)
     except ImportError:
-        return "cuda-bindings is not installed"
-    except RuntimeError as error:  # so does the package say that it finds no library
-        return str(error)
-    return None if major >= 12 else "CUDA's compiler is older than 12"
+        reason = "cuda-bindings is not installed (pip install cuda-bindings)"
+    except Exception as error:  # whatever it is, the kernel in Triton needs nothing of it
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        return None
+    warnings.warn(f"Convolutions run through Triton, not through their kernel for this GPU: {reason}", stacklevel=2)
+    return reason
 
 
 def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> bool:
@@ -94,16 +97,20 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     columns, channels = weight.shape[:2]
     return (
         x.is_cuda
-        and fault(torch.cuda.current_device() if x.device.index is None else x.device.index) is None
         and x.dtype in (torch.bfloat16, torch.float16)
-        and all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias, residual))
+        and _types_fit(x, weight, bias, residual)
         and activation in ACTIVATIONS
         and columns >= LEAST_COLUMNS
         and -(-channels // CHUNK) * CHUNK <= MOST_COPIED * channels
         and columns % UNIT == 0
         and channels % UNIT == 0
         and x.numel() // channels * max(channels, columns) < MOST_ELEMENTS
+        and fault(torch.cuda.current_device() if x.device.index is None else x.device.index) is None
     )
+
+
+def _types_fit(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    return all(tensor is None or tensor.dtype == x.dtype for tensor in (weight, bias, residual))
 
 
 @custom_op("mambavision::conv3x3_hopper", mutates_args=())
@@ -111,17 +118,21 @@ def conv3x3(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int, activation: str
 ) -> Tensor:
     """act(conv(x) + bias) + residual, channels-last; arguments as in `mambavision.ops.conv3x3`."""
-    columns, channels = weight.shape[:2]
-    if x.stride(1) != 1 or any(step % UNIT for step in (x.stride(0), x.stride(2), x.stride(3))):
+    if not _types_fit(x, weight, bias, residual):  # the kernel would read them as what they are not
+        raise TypeError("weight, bias and residual must be of the map's type.")
+    channels = weight.shape[1]
+    if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
-    x = _readable(x)
-    if weight.stride()[1:] != (1, 3 * channels, channels) or weight.stride(0) % UNIT:  # rows may have gaps between
+    if weight.stride()[1:] != (1, 3 * channels, channels):  # between its rows there may be gaps
         weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    bias, residual = (None if tensor is None else _readable(tensor) for tensor in (dense(bias), residual))
+        residual = _readable(residual.contiguous(memory_format=torch.channels_last))
+    if bias is not None:
+        bias = bias.contiguous()
+        bias = bias if bias.data_ptr() % BYTES == 0 else bias.clone()
+    x, weight = _readable(x), _readable(weight)
     out = _empty_map(x, weight, stride)
-    _fill(out, x, _readable(weight), bias, residual, stride, activation)
+    _fill(out, x, weight, bias, residual, stride, activation)
     return out
 
 
@@ -134,8 +145,12 @@ def _empty_map(x: Tensor, weight: Tensor, stride: int) -> Tensor:
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """The tensor or a copy of it, where the copy unit can start."""
-    return tensor if tensor.data_ptr() % BYTES == 0 else tensor.clone()
+    """A map or a weight, or a dense copy where the copy unit does not take it as it lies."""
+    size = tensor.element_size()
+    steps = [tensor.stride(dim) * size for dim in (0, 2, 3) if tensor.shape[dim] > 1]
+    if tensor.data_ptr() % BYTES == 0 and all(step > 0 and step % BYTES == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.channels_last)
 
 
 def _fill(
