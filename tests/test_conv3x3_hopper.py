@@ -14,6 +14,7 @@ require_triton()
 from mambavision.ops import launch  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402
 from mambavision.ops.conv3x3.hopper import cuda_op  # noqa: E402
+from mambavision.ops.conv3x3.hopper.plan import ACTIVATIONS, definitions, plan  # noqa: E402
 
 TYPES = (torch.bfloat16, torch.float16)
 HOPPER = DEVICE == "cuda" and cuda_op.fault(0) is None
@@ -26,7 +27,7 @@ def on_hopper(test):
 
 @pytest.mark.parametrize("columns", [112, 128, 160, 192, 200, 208, 216, 256, 392, 400, 512, 784, 1568, 3136, 6272])
 def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
-    cut = cuda_op.plan(columns)
+    cut = plan(columns)
     tiles = -(-columns // cut.n)
     assert cut.n % 8 == 0
     assert columns <= tiles * cut.n < columns + 8 * tiles
@@ -34,6 +35,13 @@ def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
     assert cut.parts * cut.n // 2 <= 208  # sums in a thread's 240 registers
     assert cut.stages >= 3
     assert cut.shared_bytes <= 227 * 1024
+
+
+def test_every_plan_leaves_room_for_its_barriers():
+    for columns in range(112, 8192, 8):
+        cut = plan(columns)
+        assert cut.shared_bytes + 2 * 8 * cut.stages <= 227 * 1024
+        assert cut.threads == 384
 
 
 @pytest.mark.parametrize(
@@ -45,10 +53,9 @@ def test_the_source_compiles(columns, channels, activation, residual, bfloat16, 
     from mambavision.ops.conv3x3.hopper import build
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    cut = cuda_op.plan(columns)
-    constants = {**cut._asdict(), "CHANNELS": channels, "STRIDE": 1, "BFLOAT16": bfloat16,
-                 "HAS_BIAS": 1, "HAS_RESIDUAL": residual, "ACTIVATION": cuda_op.ACTIVATIONS[activation]}  # fmt: skip
-    text = build.source(tuple((name.upper(), value) for name, value in constants.items()))
+    defined = definitions(columns, channels, dtype=torch.bfloat16 if bfloat16 else torch.float16, stride=1, bias=True,
+                          residual=bool(residual), activation=activation)  # fmt: skip
+    text = build.source(defined)
     code = build.compiled(text)
     assert code[:4] == b"\x7fELF"
     assert [path.read_bytes() for path in tmp_path.rglob("kernel.cubin")] == [code]
@@ -67,6 +74,21 @@ def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
         build.compiled("int x = nonsense;")
     with pytest.raises(RuntimeError, match="NVRTC_ERROR_INVALID_INPUT"):
         build.checked((build.nvrtc.nvrtcResult.NVRTC_ERROR_INVALID_INPUT,))
+
+
+def test_a_cache_that_takes_nothing_is_no_error(monkeypatch):
+    pytest.importorskip("cuda.bindings", "12.0")
+    from mambavision.ops.conv3x3.hopper import build
+
+    class Full:
+        def get_file(self, _):
+            return None
+
+        def put(self, *_):
+            raise OSError("no space left")
+
+    monkeypatch.setattr(build, "get_cache_manager", lambda _: Full())
+    assert build.compiled('extern "C" __global__ void nothing() {}')[:4] == b"\x7fELF"
 
 
 class TestFault:
@@ -179,7 +201,7 @@ def channels_last(tensor):
 
 @on_hopper
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("activation", list(cuda_op.ACTIVATIONS))
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize(
     ("batch", "channels", "columns", "height", "width", "stride", "bias", "residual"),
     [
@@ -250,7 +272,7 @@ def test_nan_and_infinity_come_through():
     x = torch.ones(1, 64, 30, 30, dtype=torch.bfloat16, device=DEVICE)
     x[0, :, 5, 5], x[0, 3, 20, 20] = float("nan"), float("inf")
     weight = torch.ones(112, 64, 3, 3, dtype=torch.bfloat16, device=DEVICE)
-    for activation in cuda_op.ACTIVATIONS:
+    for activation in ACTIVATIONS:
         y = cuda_op.conv3x3(channels_last(x), weight, None, None, 1, activation)
         assert y[0, :, 4:7, 4:7].isnan().all()
         assert (y[0, :, 19:22, 19:22] == float("inf")).all()

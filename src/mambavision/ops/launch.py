@@ -70,7 +70,7 @@ def note(key: Hashable, compile: Callable[[], object], *, length: int = 0) -> No
     Args:
         key: names the kernel and all that is special about it.
         compile: makes and keeps it; called by any thread.
-        length: of its source, by which the slow ones come first.
+        length: of its source, by which the slow ones come first; without it, among the last.
     """
     assert _precompiling.asked is not None
     _precompiling.asked.setdefault(key, _Asked(compile, length))
@@ -108,12 +108,11 @@ class _NotedDown:
                 type(argument) if parameter.do_not_specialize else _specialised(argument)
                 for parameter, argument in zip(self.kernel.params, arguments, strict=False)
             )
-            few = tuple(map(_stand_in, arguments))
-            note(
-                (self.kernel, *known, *sorted(settings.items())),
-                partial(_warm_up, self.kernel, few, settings, grid),
-                length=len(getsource(self.kernel.fn)),
-            )
+            key = (self.kernel, *known, *sorted(settings.items()))
+            if _precompiling.asked is not None and key not in _precompiling.asked:
+                few = tuple(map(_stand_in, arguments))
+                length = len(getsource(self.kernel.fn))
+                note(key, partial(_warm_up, self.kernel, few, settings, grid), length=length)
 
         return take
 

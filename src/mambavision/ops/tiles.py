@@ -118,6 +118,12 @@ def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], obje
     return _chosen[key]
 
 
+@cache
+def _aside(index: int) -> torch.cuda.Stream:
+    """A stream of a GPU to record on; always the same, as each keeps the memory that it has used."""
+    return torch.cuda.Stream(index)  # type: ignore[no-untyped-call]
+
+
 def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
     """Shortest of a few rounds; infinite for a tile that the GPU has no room for.
 
@@ -129,14 +135,16 @@ def _milliseconds(run: Callable[[Tile], object], tile: Tile) -> float:
         run(tile)
     except OutOfResources:
         return float("inf")
-    graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    graph, aside = torch.cuda.CUDAGraph(), _aside(torch.cuda.current_device())
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
         run(tile)  # libraries take their work space for the stream
         graph.capture_begin(capture_error_mode="thread_local")
-        for _ in range(_CALLS):
-            run(tile)
-        graph.capture_end()
+        try:
+            for _ in range(_CALLS):
+                run(tile)
+        finally:  # else all that follows on the stream would be recorded
+            graph.capture_end()
         times: list[float] = []
         for _ in range(_ROUNDS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]

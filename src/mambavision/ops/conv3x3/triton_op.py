@@ -10,6 +10,7 @@ from torch.library import triton_op
 
 from mambavision.ops.conv3x3.hopper import cuda_op as hopper
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
+from mambavision.ops.conv3x3.layout import empty_map, laid_out
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
@@ -66,11 +67,10 @@ def launch(
     """`conv3x3` with a tile chosen for the shape or given."""
     batch, channels, height, width = x.shape
     columns = weight.shape[0]
-    shape = (batch, columns, (height - 1) // stride + 1, (width - 1) // stride + 1)
-    pixels = batch * shape[2] * shape[3]
+    pixels = batch * ((height - 1) // stride + 1) * ((width - 1) // stride + 1)
     if pixels == 0:
-        return x.new_empty(shape)
-    x, weight, residual = _laid_out(x, weight, residual)
+        return empty_map(x, weight, stride)
+    x, weight, residual = laid_out(x, weight, residual)
 
     def run(tile: Tile) -> Tensor:
         if tile == HOPPER:
@@ -79,7 +79,7 @@ def launch(
         if tile == LIBRARY:
             dense = weight.contiguous(memory_format=torch.channels_last)
             return _finished(F.conv2d(x, dense, None, stride, 1), bias, residual, activation)
-        out = _empty(shape, x.dtype, x.device)
+        out = empty_map(x, weight, stride)
         _launch_kernel(tile, x, weight, None, bias, residual, out, None, stride, activation)
         return out
 
@@ -102,7 +102,7 @@ def float8_candidates(pixels: int, columns: int) -> list[Tile]:
 @triton_op("mambavision::conv3x3_float8", mutates_args=())
 def conv3x3_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Like `conv3x3`, of 8-bit numbers and to such."""
-    out = _empty(_same_size(x, weight), x.dtype, x.device)
+    out = empty_map(x, weight)
     launch_float8(x, weight, scale, bias, None, out, None, activation)
     return out
 
@@ -112,8 +112,7 @@ def conv3x3_float8_add(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """The sum in the type of the residual, and in 8 bits."""
-    shape = _same_size(x, weight)
-    out, copy = _empty(shape, residual.dtype, x.device), _empty(shape, x.dtype, x.device)
+    out, copy = empty_map(x, weight, dtype=residual.dtype), empty_map(x, weight)
     launch_float8(x, weight, scale, bias, residual, out, copy, activation)
     return out, copy
 
@@ -132,7 +131,7 @@ def launch_float8(
     """Fill `out`, and `copy` where it is given, with a tile chosen for the shape or given."""
     if out.numel() == 0:
         return
-    x, weight, residual = _laid_out(x, weight, residual)
+    x, weight, residual = laid_out(x, weight, residual)
     columns = out.shape[1]
     pixels = out.numel() // columns
 
@@ -168,26 +167,6 @@ def _launch_kernel(
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_COPY=copy is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-def _same_size(x: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
-    return (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
-
-
-def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-
-
-def _laid_out(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands as the kernel reads them: channels side by side, and a residual without gaps."""
-    if x.stride(1) != 1:
-        x = x.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    channels = weight.shape[1]
-    if weight.stride()[1:] != (1, 3 * channels, channels):  # between its rows there may be gaps
-        weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    return x, weight, residual
 
 
 def _finished(out: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:

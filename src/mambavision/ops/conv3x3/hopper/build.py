@@ -1,18 +1,23 @@
-"""CUDA C++ compiled on the machine that runs it, by the compiler that PyTorch brings, and kept in Triton's cache."""
+"""The CUDA C++ kernel: compiled on the machine that runs it, kept in Triton's cache, loaded and launched."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any
 
+import torch
 from cuda.bindings import driver, nvrtc
 from triton.runtime.cache import get_cache_manager
 
-ARCHITECTURE = "sm_90a"  # Hopper with what later ones do not have
+from mambavision.ops.conv3x3.hopper.plan import CHUNK, Definitions
+
+# `sm_90a` is Hopper with the instructions that later generations do not have.
+OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
+MAPS = 1024  # that are kept; making one takes some microseconds
 
 
 def checked(result: tuple[Any, ...]) -> Any:
@@ -25,12 +30,6 @@ def checked(result: tuple[Any, ...]) -> Any:
     if int(status):
         raise RuntimeError(f"CUDA answered {status.name}.")
     return values[0] if len(values) == 1 else tuple(values)
-
-
-def compiler_version() -> tuple[int, int]:
-    """Of the compiler, major and minor."""
-    major, minor = checked(nvrtc.nvrtcVersion())
-    return int(major), int(minor)
 
 
 def multiply_add(n: int, kind: str) -> str:
@@ -49,38 +48,41 @@ __device__ __forceinline__ void wgmma(
 """
 
 
-def source(constants: tuple[tuple[str, int], ...]) -> str:
+def source(defined: Definitions) -> str:
     """`kernel.cu` with its constants and the function that it asks for."""
-    defined = dict(constants)
-    lines = [f"#define {name} {value}" for name, value in constants]
-    function = multiply_add(defined["N"], "bf16" if defined["BFLOAT16"] else "f16")
-    return "\n".join([*lines, function, (files(__package__) / "kernel.cu").read_text(encoding="utf-8")])
+    values = dict(defined)
+    lines = [f"#define {name} {value}" for name, value in defined]
+    function = multiply_add(values["N"], "bf16" if values["BFLOAT16"] else "f16")
+    kernel = (files(__package__) / "kernel.cu").read_text(encoding="utf-8")
+    return "\n".join([*lines, function, kernel])
 
 
 def compiled(text: str) -> bytes:
-    """Machine code of a source.
+    """Machine code of a source, from Triton's cache where it is there.
 
     Raises:
         RuntimeError: the compiler refuses it; the message is the compiler's.
     """
-    key = hashlib.sha256(f"{ARCHITECTURE} {compiler_version()} {text}".encode()).hexdigest()
-    cache_manager = get_cache_manager(key)
-    kept = cache_manager.get_file("kernel.cubin")
-    if kept is not None:
-        with open(kept, "rb") as file:
+    version = checked(nvrtc.nvrtcVersion())
+    kept = get_cache_manager(hashlib.sha256(repr((OPTIONS, version, text)).encode()).hexdigest())
+    found = kept.get_file("kernel.cubin")
+    if found is not None:
+        with open(found, "rb") as file:
             return file.read()
     program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], []))
-    options = [f"--gpu-architecture={ARCHITECTURE}".encode(), b"--std=c++17"]
-    status, *_ = nvrtc.nvrtcCompileProgram(program, len(options), options)
-    if int(status):
-        log = bytes(checked(nvrtc.nvrtcGetProgramLogSize(program)))
-        nvrtc.nvrtcGetProgramLog(program, log)
-        raise RuntimeError(f"CUDA's compiler refuses kernel.cu:\n{log.decode()}")
-    code = bytes(checked(nvrtc.nvrtcGetCUBINSize(program)))
-    checked(nvrtc.nvrtcGetCUBIN(program, code))
-    nvrtc.nvrtcDestroyProgram(program)
-    cache_manager.put(code, "kernel.cubin")
-    return code
+    try:
+        status, *_ = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), [option.encode() for option in OPTIONS])
+        if int(status):
+            log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
+            checked(nvrtc.nvrtcGetProgramLog(program, log))
+            raise RuntimeError(f"CUDA's compiler refuses kernel.cu:\n{log.rstrip(bytes(1)).decode()}")
+        code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
+        checked(nvrtc.nvrtcGetCUBIN(program, code))
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    with suppress(OSError):  # a full disk: the next process compiles it again
+        kept.put(bytes(code), "kernel.cubin")
+    return bytes(code)
 
 
 @cache
@@ -100,9 +102,9 @@ def on(device: int) -> Iterator[None]:
 
 
 @cache
-def kernel(constants: tuple[tuple[str, int], ...], shared_bytes: int, device: int) -> Any:
+def kernel(defined: Definitions, shared_bytes: int, device: int) -> Any:
     """The function `conv3x3` with its constants, loaded on a GPU."""
-    code = compiled(source(constants))
+    code = compiled(source(defined))
     with on(device):
         module = checked(driver.cuModuleLoadData(code))
         function = checked(driver.cuModuleGetFunction(module, b"conv3x3"))
@@ -118,10 +120,6 @@ def try_out(device: int) -> None:
         checked(driver.cuModuleUnload(checked(driver.cuModuleLoadData(code))))
 
 
-CHUNK = 64  # channels that a copy brings, as in `kernel.cu`: 128 bytes, which are swizzled
-MAPS = 1024  # that are kept; making one takes some microseconds
-
-
 @lru_cache(maxsize=MAPS)
 def pixels_map(
     address: int,
@@ -129,7 +127,7 @@ def pixels_map(
     strides: tuple[int, int, int],
     stride: int,
     rows: int,
-    bfloat16: bool,
+    dtype: torch.dtype,
 ) -> Any:
     """How the copy unit gathers pixels.
 
@@ -139,13 +137,13 @@ def pixels_map(
         strides: from column to column, row to row and picture to picture, in elements.
         stride: of the convolution.
         rows: pixels a copy.
-        bfloat16: the type, else float16.
+        dtype: of the elements, bfloat16 or float16.
     """
     # The stride of a dimension of size 1 may be anything, but for the copy unit.
     steps = [step if many > 1 else sizes[0] for many, step in zip(sizes[1:], strides, strict=True)]
     return checked(
         driver.cuTensorMapEncodeIm2col(
-            _kind(bfloat16),
+            _kind(dtype),
             len(sizes),
             address,
             [driver.cuuint64_t(many) for many in sizes],
@@ -161,11 +159,11 @@ def pixels_map(
 
 
 @lru_cache(maxsize=MAPS)
-def weight_map(address: int, columns: int, channels: int, row: int, n: int, bfloat16: bool) -> Any:
+def weight_map(address: int, columns: int, channels: int, row: int, n: int, dtype: torch.dtype) -> Any:
     """How the copy unit reads n rows of a weight (columns, 9, channels), `row` elements from one to the next."""
     return checked(
         driver.cuTensorMapEncodeTiled(
-            _kind(bfloat16),
+            _kind(dtype),
             3,
             address,
             [driver.cuuint64_t(many) for many in (channels, 9, columns)],
@@ -177,9 +175,9 @@ def weight_map(address: int, columns: int, channels: int, row: int, n: int, bflo
     )
 
 
-def _kind(bfloat16: bool) -> Any:
+def _kind(dtype: torch.dtype) -> Any:
     kinds = driver.CUtensorMapDataType
-    return kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+    return kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
 
 
 def _manner() -> tuple[Any, ...]:

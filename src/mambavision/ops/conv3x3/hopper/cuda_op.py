@@ -1,76 +1,24 @@
-"""The convolution for Hopper GPUs as an operator that PyTorch knows, and how it is cut."""
+"""The convolution for Hopper GPUs as an operator that PyTorch knows, and where it serves."""
 
 from __future__ import annotations
 
 import ctypes
 import warnings
 from functools import cache, partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from mambavision.ops import launch
+from mambavision.ops.conv3x3.hopper.plan import ACTIVATIONS, CHUNK, CLUSTER, UNIT, definitions, plan
+from mambavision.ops.conv3x3.layout import empty_map, laid_out
 
-CLUSTER = 2  # blocks, as in `kernel.cu`, and its next two
-CHUNK = 64  # channels
-WIDEST_TURNS = 208  # columns up to which a thread holds the sums of two products
-SHARED_BYTES, AROUND = 227 * 1024, 2048  # of a block; for its barriers and to align the stages
-MOST_STAGES = 8
-THREADS = 384  # one group of 128 that copies, two that multiply
 # Where what is copied for a product takes longer than the product: with fewer columns, or where so much more than the
 # channels is copied.
 LEAST_COLUMNS, MOST_COPIED = 112, 1.4
-UNIT, BYTES = 8, 16  # elements and their bytes, of which the copy unit wants multiples
-MOST_ELEMENTS = 2**31 - 2**20  # of a map, which are counted in 32 bits
-ACTIVATIONS = {"none": 0, "relu": 1, "gelu_tanh": 2}
-
-
-class Plan(NamedTuple):
-    """How a product is cut; names as in `kernel.cu`.
-
-    Attributes:
-        n: columns of a tile.
-        teams: that take turns.
-        members: groups of 128 threads in a team.
-        parts: products of 64 rows a group.
-        stages: of the ring.
-    """
-
-    n: int
-    teams: int
-    members: int
-    parts: int
-    stages: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of a tile."""
-        return 64 * self.members * self.parts
-
-    @property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block."""
-        return self.stages * _stage_bytes(self.rows, self.n) + AROUND
-
-
-def plan(columns: int) -> Plan:
-    """The cut for so many columns: tiles as equal as multiples of 8 can be.
-
-    Two teams that take turns hide how a tile is finished; multiples of 256 columns are worth more in one tile.
-    """
-    if columns % 256 == 0:
-        n, teams, members, parts = 256, 1, 2, 1
-    else:
-        tiles = -(-columns // WIDEST_TURNS)
-        n, teams, members, parts = -(-columns // (tiles * UNIT)) * UNIT, 2, 1, 2
-    stages = (SHARED_BYTES - AROUND) // _stage_bytes(64 * members * parts, n)
-    return Plan(n, teams, members, parts, min(stages, MOST_STAGES))
-
-
-def _stage_bytes(rows: int, n: int) -> int:
-    return (rows + n) * CHUNK * 2
+BYTES = 16  # of which the copy unit wants multiples, where it starts and from pixel to pixel
+MOST_ELEMENTS = 2**31 - 2**20  # of a map, of which the kernel counts the pixels in 32 bits
 
 
 @cache
@@ -103,7 +51,7 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
         and columns >= LEAST_COLUMNS
         and -(-channels // CHUNK) * CHUNK <= MOST_COPIED * channels
         and columns % UNIT == 0
-        and channels % UNIT == 0
+        and channels * x.element_size() % BYTES == 0
         and x.numel() // channels * max(channels, columns) < MOST_ELEMENTS
         and fault(torch.cuda.current_device() if x.device.index is None else x.device.index) is None
     )
@@ -120,28 +68,18 @@ def conv3x3(
     """act(conv(x) + bias) + residual, channels-last; arguments as in `mambavision.ops.conv3x3`."""
     if not _types_fit(x, weight, bias, residual):  # the kernel would read them as what they are not
         raise TypeError("weight, bias and residual must be of the map's type.")
-    channels = weight.shape[1]
-    if x.stride(1) != 1:
-        x = x.contiguous(memory_format=torch.channels_last)
-    if weight.stride()[1:] != (1, 3 * channels, channels):  # between its rows there may be gaps
-        weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
-    if residual is not None:
-        residual = _readable(residual.contiguous(memory_format=torch.channels_last))
+    x, weight, residual = laid_out(x, weight, residual)
+    residual = None if residual is None else _readable(residual)
     if bias is not None:
         bias = bias.contiguous()
         bias = bias if bias.data_ptr() % BYTES == 0 else bias.clone()
     x, weight = _readable(x), _readable(weight)
-    out = _empty_map(x, weight, stride)
+    out = empty_map(x, weight, stride)
     _fill(out, x, weight, bias, residual, stride, activation)
     return out
 
 
-conv3x3.register_fake(lambda x, weight, _bias, _residual, stride, _activation: _empty_map(x, weight, stride))
-
-
-def _empty_map(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    shape = (x.shape[0], weight.shape[0], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+conv3x3.register_fake(lambda x, weight, _bias, _residual, stride, _activation: empty_map(x, weight, stride))
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -167,15 +105,18 @@ def _fill(
     columns, channels = weight.shape[:2]
     batch, _, height, width = x.shape
     cut = plan(columns)
-    bfloat16 = x.dtype == torch.bfloat16
-    constants = (
-        ("N", cut.n), ("TEAMS", cut.teams), ("MEMBERS", cut.members), ("PARTS", cut.parts), ("STAGES", cut.stages),
-        ("CHANNELS", channels), ("STRIDE", stride), ("BFLOAT16", int(bfloat16)), ("HAS_BIAS", int(bias is not None)),
-        ("HAS_RESIDUAL", int(residual is not None)), ("ACTIVATION", ACTIVATIONS[activation]),
-    )  # fmt: skip
-    compiled = partial(build.kernel, constants, cut.shared_bytes, x.device.index)
+    defined = definitions(
+        columns,
+        channels,
+        dtype=x.dtype,
+        stride=stride,
+        bias=bias is not None,
+        residual=residual is not None,
+        activation=activation,
+    )
+    compiled = partial(build.kernel, defined, cut.shared_bytes, x.device.index)
     if launch.is_precompiling():
-        launch.note(("conv3x3_hopper", constants, x.device), compiled)
+        launch.note(("conv3x3_hopper", defined, x.device), compiled)
         return
     pixels = out.numel() // columns
     tiles_of_columns = -(-columns // cut.n)
@@ -185,9 +126,9 @@ def _fill(
     sizes, strides = (channels, width, height, batch), (x.stride(3), x.stride(2), x.stride(0))
     with build.on(x.device.index):
         arguments = [
-            (build.pixels_map(x.data_ptr(), sizes, strides, stride, cut.rows, bfloat16), None),
-            (build.weight_map(weight.data_ptr(), columns, channels, weight.stride(0), cut.n, bfloat16), None),
+            (build.pixels_map(x.data_ptr(), sizes, strides, stride, cut.rows, x.dtype), None),
+            (build.weight_map(weight.data_ptr(), columns, channels, weight.stride(0), cut.n, x.dtype), None),
             *((0 if tensor is None else tensor.data_ptr(), ctypes.c_void_p) for tensor in (bias, residual, out)),
             *((number, ctypes.c_int) for number in (pixels, *out.shape[2:], columns, tiles_of_columns, items)),
         ]
-        build.start(compiled(), clusters * CLUSTER, THREADS, cut.shared_bytes, stream, arguments)
+        build.start(compiled(), clusters * CLUSTER, cut.threads, cut.shared_bytes, stream, arguments)

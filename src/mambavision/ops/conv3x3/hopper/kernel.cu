@@ -10,11 +10,11 @@
 // A block of threads lives as long as the grid and walks over the tiles. One thread only starts copies into a ring of
 // STAGES: each is CHUNK channels of one tap of ROWS pixels, zeros beyond the map, and of N rows of the weight. Each team
 // of MEMBERS x 128 threads multiplies what comes, and with TEAMS = 2 they take tiles in turn. What limits all this is
-// what comes from the second cache. So the two blocks of a cluster take neighbouring pixels of the same columns, and
-// each loads every other stage's weights for both.
+// what comes from the second-level cache. So the two blocks of a cluster take neighbouring pixels of the same columns,
+// and each loads every other stage's weights for both.
 //
 // Constants that the host defines: N, a multiple of 8; CHANNELS; STRIDE; TEAMS; MEMBERS; PARTS, products of 64 rows that
-// a thread takes part in; STAGES; BFLOAT16; HAS_BIAS, HAS_RESIDUAL; ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh; and the
+// a thread takes part in; STAGES; CLUSTER; CHUNK, channels of 128 bytes, which are swizzled; BFLOAT16; HAS_BIAS, HAS_RESIDUAL; ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh; and the
 // function `wgmma`, sums (64, N) += left (64, 16) right (16, N).
 //
 // Source: NVIDIA, "Parallel Thread Execution ISA", sections on wgmma, cp.async.bulk.tensor and mbarrier. Taking turns:
@@ -24,8 +24,6 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
-constexpr int CLUSTER = 2;  // blocks
-constexpr int CHUNK = 64;  // 128 bytes, a line of the cache and the unit of the swizzle
 constexpr int CHUNKS = (CHANNELS + CHUNK - 1) / CHUNK;
 constexpr int LAST_STEPS = (CHANNELS - (CHUNKS - 1) * CHUNK + 15) / 16;  // the last chunk may be narrower
 constexpr int TAPS = 9;
@@ -231,7 +229,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, 4 * MEMBERS * CLUSTER);  // the warps that read it, or a part of it elsewhere
+      barrier_init(empty + 8 * stage, 4 * MEMBERS * CLUSTER);  // the warps that read it; weights go to all blocks
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
