@@ -55,7 +55,7 @@ CORE = {
     "huggingface_hub": {"weights.fetching"},
     "rich": {"cli", "engine"},
 }
-WITH_TORCH = {"triton": {"ops"}, "cuda": {"ops.conv3x3.hopper.build"}}  # PyTorch brings them where they run
+WITH_TORCH = {"triton": {"ops"}, "cuda": {"ops.hopper.build"}}  # PyTorch brings them where they run
 IF_THERE = {"mamba_ssm": {"ops.selective_scan.mamba_ssm"}}  # to compare with, by those who have it
 EXTRA = {
     "timm": {"data", "engine", "integrations.timm", "measure.subjects"},

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from mambavision.ops.backend import Situation, refuse_inference_kernels
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8
-from mambavision.ops.layer_norm import layer_norm
+from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
@@ -224,6 +224,17 @@ def test_layer_norm(dtype, offset, shape, poisoned):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 8), (3, 7, 40), (5, 700)], ids=str)
+def test_layer_norm_and_sum(dtype, shape, poisoned):
+    x, shift = random(*shape, dtype=dtype) + 3, random(shape[-1], dtype=dtype)
+    truth = layer_norm_and_sum(*wide(x, shift), eps=1e-5)
+    usual = layer_norm_and_sum(x, shift, eps=1e-5, backend="reference")
+    for here in (x, gapped(x)):
+        for found in zip(layer_norm_op.layer_norm_and_sum(here, gapped(shift), 1e-5), usual, truth, strict=True):
+            check(*found)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("strides", [(2, 2), (1, 1)])
 @pytest.mark.parametrize("pictures", [(2, 3, 21, 18), (1, 1, 1, 1), (1, 4, 5, 33)], ids=str)
 @pytest.mark.parametrize("two_steps", [False, True])
@@ -246,6 +257,8 @@ def test_an_empty_batch_has_an_empty_result():
     )  # fmt: skip
     assert token_conv_op.token_conv(random(0, 5, 8, dtype=dtype), random(8, 3, dtype=dtype)).shape == (0, 5, 8)
     assert layer_norm_op.layer_norm(random(0, 8, dtype=dtype), None, 1e-5).shape == (0, 8)
+    y, total = layer_norm_op.layer_norm_and_sum(random(0, 8, dtype=dtype), random(8, dtype=dtype), 1e-5)
+    assert y.shape == total.shape == (0, 8)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +297,8 @@ def test_shapes_that_do_not_fit_are_named():
             linear(torch.ones(2, 4), torch.ones(3, 4), **arguments)
     with pytest.raises(ValueError, match="offset must be "):
         layer_norm(torch.ones(2, 5), long, eps=1e-5)
+    with pytest.raises(ValueError, match="shift must be "):
+        layer_norm_and_sum(torch.ones(2, 5), long, eps=1e-5)
     with pytest.raises(ValueError, match="bias2 must be "):
         stem(x, torch.ones(16, 4, 3, 3), torch.ones(16), torch.ones(8, 16, 3, 3), long)
     bytes8 = (tensor.to(torch.float8_e4m3fn) for tensor in (x, weight))
@@ -368,6 +383,7 @@ def test_the_operators_are_registered_as_torch_asks():
     torch.library.opcheck(linear_op.linear, (x, weight, None, None, weight.float().sum(1), 1e-5, "gelu"))
     torch.library.opcheck(token_conv_op.token_conv, (x, random(64, 3, dtype=dtype)))
     torch.library.opcheck(layer_norm_op.layer_norm, (x, None, 1e-5))
+    torch.library.opcheck(layer_norm_op.layer_norm_and_sum, (x, x.new_ones(x.shape[-1]), 1e-5))
     maps = random(2, 16, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(conv3x3_op.conv3x3, (maps, random(32, 16, 3, 3, dtype=dtype), None, None, 1, "relu"))
     pictures, weights = random(2, 3, 16, 16, dtype=dtype), random(16, 3, 3, 3, dtype=dtype)

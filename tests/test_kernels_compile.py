@@ -99,7 +99,7 @@ def random(*shape):
 
 with torch.inference_mode(), launch.precompiling():
     qkv, u = random(2, 196, 3 * 320), random(2, 196, 160)
-    window_attention_backward(random(2, 196, 320), qkv, *window_attention(qkv, 8), 8)
+    window_attention_backward(random(2, 196, 320), qkv, *window_attention(qkv, 8, 0.16), 8, 0.16)
     token_conv_backward(random(2, 196, 320)[..., :160], u, torch.randn(160, 3))
     gelu_backward(random(392, 1280), gelu(random(392, 1280), torch.randn(1280)))
     image, affine = random(2, 80, 56, 56).contiguous(memory_format=torch.channels_last), torch.randn(80)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Files whose tests launch kernels on small and odd shapes. Left out: what compiles, records or is large, which takes
 # minutes under the sanitizer and launches the same kernels.
-FILES = ("scan_kernels", "fused_ops", "conv3x3_hopper", "float8", "training_ops", "add_layer_norm", "batch_norm")
+FILES = ("scan_kernels", "fused_ops", "hopper", "float8", "training_ops", "add_layer_norm", "batch_norm")
 LEFT_OUT = ("compile", "networks", "torch_asks", "known_to_pytorch", "graph", "memory", "network", "packaged", "logits")
 ERROR = 99
 

@@ -55,7 +55,7 @@ def sdpa(num_heads):
 
 
 def own(num_heads):
-    return lambda qkv: attention_op.window_attention(qkv, num_heads)[0]
+    return lambda qkv: attention_op.window_attention(qkv, num_heads, (qkv.shape[2] // (3 * num_heads)) ** -0.5)[0]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -65,6 +65,20 @@ def own(num_heads):
 def test_window_attention(dtype, windows, length, heads, width, poisoned):
     qkv = random(windows, length, 3 * heads * width, dtype=dtype, scale=2.0)
     check(own(heads), sdpa(heads), [qkv], random(windows, length, heads * width, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize(("length", "width", "scale"), [(49, 104, 98**-0.5), (49, 56, 49**-0.5), (70, 24, 1.5)])
+def test_window_attention_with_a_scale_of_its_own_and_wide_heads(dtype, length, width, scale, poisoned):
+    qkv = random(2, length, 3 * 2 * width, dtype=dtype)
+    truth = window_attention(qkv.double(), num_heads=2, scale=scale, backend="sdpa")
+    q, k, v = qkv.double().view(2, length, 3, 2, width).permute(2, 0, 3, 1, 4)
+    by_hand = ((q @ k.transpose(2, 3) * scale).softmax(3) @ v).transpose(1, 2).reshape(truth.shape)
+    torch.testing.assert_close(truth, by_hand)
+    usual = window_attention(qkv, num_heads=2, scale=scale, backend="sdpa")
+    found = attention_op.window_attention(qkv, 2, scale)[0]
+    assert (found - truth).norm() <= 2 * (usual - truth).norm()
+    assert (found - truth).abs().max() <= 2 * (usual - truth).abs().max()
 
 
 def test_window_attention_of_views(poisoned):
@@ -132,13 +146,16 @@ def test_an_empty_batch_has_empty_results():
         (Situation("cpu", torch.bfloat16, 49, width=40), "cannot compile for cpu"),
         (Situation("cuda", torch.float32, 49, width=40), "16-bit"),
         (Situation("cuda", torch.float16, 1024, width=40), "at most 256 tokens"),
-        (Situation("cuda", torch.float16, 49, width=128), "at most 64 channels"),
+        (Situation("cuda", torch.float16, 49, width=128, differentiated=True), "at most 64 channels"),
+        (Situation("cuda", torch.float16, 196, width=72), "at most 64 channels"),
+        (Situation("cuda", torch.float16, 49, width=136), "at most 128 channels"),
         (Situation("cuda", torch.float16, 49, width=40, dropout=True), "no dropout"),
     ],
 )
 def test_the_attention_kernels_refuse_what_they_cannot_do(situation, reason):
     assert reason in BACKENDS[0].refusal(situation)
     assert BACKENDS[0].refusal(Situation("cuda", torch.bfloat16, 196, width=40)) is None
+    assert BACKENDS[0].refusal(Situation("cuda", torch.bfloat16, 49, width=128)) is None
 
 
 def test_heads_that_do_not_divide_the_channels_are_named():
@@ -178,7 +195,7 @@ def test_linear_gelu_at_the_sizes_of_the_networks(dtype, rows, channels, hidden,
 @pytest.mark.gpu
 def test_the_operators_are_registered_as_torch_asks():
     qkv = random(2, 49, 48, dtype=torch.bfloat16).requires_grad_()
-    torch.library.opcheck(attention_op.window_attention, (qkv, 2))
+    torch.library.opcheck(attention_op.window_attention, (qkv, 2, 0.35))
     x, weight = random(2, 49, 16, dtype=torch.bfloat16).requires_grad_(), random(16, 3).requires_grad_()
     torch.library.opcheck(token_conv_op.token_conv, (x, weight))
     bias = random(16).requires_grad_()

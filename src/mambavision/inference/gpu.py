@@ -25,11 +25,11 @@ from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
-from mambavision.ops.layer_norm import layer_norm
+from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
-from mambavision.ops.window_attention import SHORT_LENGTH, TRAINING_BACKENDS
+from mambavision.ops.window_attention import SHORT_LENGTH, TRAINING_BACKENDS, window_attention
 
 CHANNEL_UNIT, FLOAT8_UNIT = 16, 32  # 32 bytes, what a GPU reads of its memory at once, in 16 and in 8 bits
 HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a head
@@ -150,9 +150,10 @@ class KernelTokens(nn.Module):
             for block in self.blocks:
                 x = block(x)
             return x
-        x = x.reshape(-1, channels) + self.early  # (rows, channels), from here on changed in place
-        for block in self.blocks:
-            cast("KernelTokenBlock", block).add_to(x, length)
+        blocks = cast("Sequence[KernelTokenBlock]", self.blocks)
+        normed, x = layer_norm_and_sum(x.reshape(-1, channels), self.early, eps=blocks[0].eps)
+        for block in blocks:  # x, (rows, channels), is changed in place
+            block.add_to(x, length, normed if block is blocks[0] else layer_norm(x, block.early1, eps=block.eps))
         return x.view(windows, length, channels)
 
 
@@ -203,16 +204,15 @@ class KernelTokenBlock(CastWithExact):
         hidden = linear(x, self.fc1.weight, self.fc1.bias, norm_eps=self.eps, weight_sum=self.sum2, activation="gelu")
         return linear(hidden, self.fc2.weight, self.fc2.bias, residual=x)
 
-    def add_to(self, x: Tensor, length: int) -> None:
-        """The same on the stream x (rows, dim), in place; its biases are there already."""
+    def add_to(self, x: Tensor, length: int, normed: Tensor) -> None:
+        """The same on the stream x (rows, dim), in place, and its first norm; its biases are there already."""
         first, last = self.mixer.first, self.mixer.last
-        u = F.linear(layer_norm(x, self.early1, eps=self.eps), first.weight, first.bias)
+        u = F.linear(normed, first.weight, first.bias)
         mixed = self.mixer(u.view(-1, length, u.shape[1]))
         x.addmm_(mixed.reshape(x.shape[0], -1), last.weight.t())
-        # One product with bias and GELU (in its tanh form) behind it; no public function asks the library for that.
-        hidden = torch._addmm_activation(
-            self.fc1.bias, layer_norm(x, self.early2, eps=self.eps), self.fc1.weight.t(), use_gelu=True
-        )
+        normed = layer_norm(x, self.early2, eps=self.eps)
+        # Within 5e-4 of GELU; a GPU's products have it at their end.
+        hidden = linear(normed, self.fc1.weight, self.fc1.bias, activation="gelu_tanh" if x.is_cuda else "gelu")
         x.addmm_(hidden, self.fc2.weight.t())
 
 
@@ -276,6 +276,8 @@ class KernelAttention(nn.Module):
         windows, length, _ = qkv.shape
         if windows == 0:  # which not every fused kernel takes
             return qkv[..., : self.num_heads * self.width]
+        if length <= SHORT_LENGTH:
+            return window_attention(qkv, num_heads=self.num_heads, scale=self.scale)
         q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
         with _fastest_attention(q):
             x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (windows, heads, length, width)
@@ -284,20 +286,12 @@ class KernelAttention(nn.Module):
 
 def _fastest_attention(q: Tensor) -> AbstractContextManager[None]:
     """PyTorch's backends in the order of their speed for queries (windows, heads, length, width), as measured."""
-    windows, _, length, _ = q.shape
+    windows = q.shape[0]
     if not q.is_cuda or (torch.is_grad_enabled() and q.requires_grad):
         return sdpa_kernel(TRAINING_BACKENDS) if q.is_cuda else nullcontext()
-    if length <= SHORT_LENGTH:
-        order = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-    elif windows >= MANY_WINDOWS:
-        order = [
-            SDPBackend.CUDNN_ATTENTION,
-            SDPBackend.FLASH_ATTENTION,
-            SDPBackend.EFFICIENT_ATTENTION,
-            SDPBackend.MATH,
-        ]
-    else:
+    if windows < MANY_WINDOWS:
         return nullcontext()
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
 
 

@@ -12,8 +12,8 @@ def laid_out(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor
         x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    channels = weight.shape[1]
-    if weight.stride()[1:] != (1, 3 * channels, channels):
+    channels, size = weight.shape[1:3]
+    if weight.stride()[1] != 1 or (size > 1 and weight.stride()[2:] != (size * channels, channels)):
         weight = weight.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return x, weight, residual
 

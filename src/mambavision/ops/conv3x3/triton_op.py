@@ -8,9 +8,9 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
-from mambavision.ops.conv3x3.hopper import cuda_op as hopper
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
 from mambavision.ops.conv3x3.layout import empty_map, laid_out
+from mambavision.ops.hopper import cuda_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
@@ -102,6 +102,9 @@ def float8_candidates(pixels: int, columns: int) -> list[Tile]:
 @triton_op("mambavision::conv3x3_float8", mutates_args=())
 def conv3x3_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Like `conv3x3`, of 8-bit numbers and to such."""
+    if _by_hopper_kernel(x, weight, bias, None, activation):
+        rounded: Tensor = hopper.conv3x3_float8(x, weight, scale, bias, activation)
+        return rounded
     out = empty_map(x, weight)
     launch_float8(x, weight, scale, bias, None, out, None, activation)
     return out
@@ -112,9 +115,16 @@ def conv3x3_float8_add(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """The sum in the type of the residual, and in 8 bits."""
+    if _by_hopper_kernel(x, weight, bias, residual, activation):
+        both: tuple[Tensor, Tensor] = hopper.conv3x3_float8_add(x, weight, scale, bias, residual, activation)
+        return both
     out, copy = empty_map(x, weight, dtype=residual.dtype), empty_map(x, weight)
     launch_float8(x, weight, scale, bias, residual, out, copy, activation)
     return out, copy
+
+
+def _by_hopper_kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> bool:
+    return is_large(x.numel() // x.shape[1], len(weight)) and hopper.serves(x, weight, bias, residual, activation)
 
 
 def launch_float8(

@@ -1,4 +1,4 @@
-"""The layer norm of a sum by PyTorch's own."""
+"""The layer norm and the sums around it by PyTorch's own."""
 
 from __future__ import annotations
 
@@ -10,3 +10,8 @@ def layer_norm_reference(x: Tensor, offset: Tensor | None, eps: float) -> Tensor
     """Arguments and result as in `mambavision.ops.layer_norm`."""
     total = x if offset is None else x + offset
     return F.layer_norm(total, total.shape[-1:], eps=eps).to(x.dtype)
+
+
+def layer_norm_and_sum_reference(x: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Arguments and result as in `mambavision.ops.layer_norm`."""
+    return layer_norm_reference(x, None, eps), x + shift

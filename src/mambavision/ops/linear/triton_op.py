@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import triton
 from torch import Tensor
 from torch.library import triton_op
 
+from mambavision.ops.hopper import cuda_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.linear.kernels import linear_kernel
 from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 GROUP = 8
+# With nothing around the product but bias and GELU: the library's, and the kernel for that generation.
+LIBRARY, HOPPER = Tile(0, 0, 0, 0, 0), Tile(0, 0, 0, 0, 1)
 
 
 def candidates(rows: int, columns: int) -> list[Tile]:
@@ -32,10 +37,34 @@ def linear(
     activation: str,
 ) -> Tensor:
     """act(norm(x) weight^T + bias) + residual, contiguous; normed where `weight_sum` is given."""
-    out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device=x.device)
-    if out.numel():
-        launch(x, weight, bias, residual, weight_sum, norm_eps, activation, out)
-    return out
+    columns, inner = weight.shape
+    shape = (*x.shape[:-1], columns)
+    rows = prod(shape[:-1])
+    if rows == 0 or columns == 0:
+        return x.new_empty(shape)
+
+    def run(tile: Tile) -> Tensor:
+        if tile == HOPPER:
+            y: Tensor = hopper.linear(x, weight, bias, activation)
+            return y
+        if tile == LIBRARY:  # no public function asks the library for that
+            assert bias is not None
+            return torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True).view(shape)
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        launch(x, weight, bias, residual, weight_sum, norm_eps, activation, out, tile)
+        return out
+
+    tiles = that_fit(candidates(rows, columns), x.element_size(), x.device)
+    plain = x.is_cuda and weight_sum is None and residual is None and activation == "gelu_tanh"
+    by_library = plain and bias is not None and bias.dtype == x.dtype
+    if by_library:
+        tiles.insert(0, LIBRARY)
+    served = plain and is_large(rows, columns) and hopper.serves(x, weight, bias, None, activation)
+    if served:
+        tiles.insert(0, HOPPER)
+    without = tuple(each is None for each in (weight_sum, bias, residual))
+    key = ("linear", rows, columns, inner, x.dtype, activation, without, by_library, served, x.device)
+    return run(choose(key, tiles, run))
 
 
 def launch(
@@ -47,28 +76,23 @@ def launch(
     norm_eps: float,
     activation: str,
     out: Tensor,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> None:
-    """Fill `out`, with a tile chosen for the shape or given."""
+    """Fill `out` by the Triton kernel."""
     columns, inner = weight.shape
     x2, out2 = _rows(x), out.view(-1, columns)
     rows = x2.shape[0]
     residual2 = out2 if residual is None else _rows(residual)
     weight, bias, weight_sum = weight.contiguous(), dense(bias), dense(weight_sum)
     unit = common_unit(inner, x2.stride(0), residual2.stride(0), columns)
-
-    def run(tile: Tile) -> None:
-        grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
-        launcher(linear_kernel)[grid](
-            x2, weight, bias, weight_sum, residual2, out2,
-            rows, columns, inner // unit, x2.stride(0) // unit, residual2.stride(0) // unit, columns // unit, norm_eps,
-            UNIT=unit, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP=GROUP,
-            EVEN_K=inner % tile.inner == 0, NORM=weight_sum is not None, HAS_BIAS=bias is not None,
-            HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-
-    key = ("linear", rows, columns, inner, x.dtype, activation, weight_sum is None, residual is None, x.device)
-    run(tile or choose(key, that_fit(candidates(rows, columns), x.element_size(), x.device), run))
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
+    launcher(linear_kernel)[grid](
+        x2, weight, bias, weight_sum, residual2, out2,
+        rows, columns, inner // unit, x2.stride(0) // unit, residual2.stride(0) // unit, columns // unit, norm_eps,
+        UNIT=unit, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP=GROUP,
+        EVEN_K=inner % tile.inner == 0, NORM=weight_sum is not None, HAS_BIAS=bias is not None,
+        HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def _rows(tensor: Tensor) -> Tensor:

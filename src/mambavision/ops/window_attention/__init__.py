@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from mambavision.ops.backend import Backend, Situation, refuse_16_bit_kernels, select
 from mambavision.ops.window_attention.reference import SHORT_LENGTH, TRAINING_BACKENDS, window_attention_sdpa
 
-# Tokens and width of a head up to which the kernels were measured to be the fastest.
-MOST_TOKENS, WIDEST_HEAD = 256, 64
+# Tokens and width of a head up to which the kernels were measured to be the fastest; without gradients, in windows of
+# up to SHORT_LENGTH tokens, also with wider heads.
+MOST_TOKENS, WIDEST_HEAD, WIDEST_SHORT_HEAD = 256, 64, 128
 
 
-def _triton(qkv: Tensor, num_heads: int, dropout: float) -> Tensor:  # noqa: ARG001  (refused beforehand)
+def _triton(qkv: Tensor, num_heads: int, dropout: float, scale: float) -> Tensor:  # noqa: ARG001  (refused beforehand)
     from mambavision.ops.window_attention.triton_op import window_attention
 
-    y, _ = window_attention(qkv, num_heads)
+    y, _ = window_attention(qkv, num_heads, scale)
     assert isinstance(y, Tensor)
     return y
 
@@ -24,8 +26,10 @@ def _refuse_triton(situation: Situation) -> str | None:
         return fault
     if situation.length > MOST_TOKENS:
         return f"its kernels are for windows of at most {MOST_TOKENS} tokens, not {situation.length}"
-    if situation.width > WIDEST_HEAD:
-        return f"its kernels are for heads of at most {WIDEST_HEAD} channels, not {situation.width}"
+    short = situation.length <= SHORT_LENGTH and not situation.differentiated
+    widest = WIDEST_SHORT_HEAD if short else WIDEST_HEAD
+    if situation.width > widest:
+        return f"its kernels are for heads of at most {widest} channels, not {situation.width}"
     return "its kernels have no dropout" if situation.dropout else None
 
 
@@ -35,13 +39,16 @@ BACKENDS = (
 )
 
 
-def window_attention(qkv: Tensor, *, num_heads: int, dropout: float = 0.0, backend: str = "auto") -> Tensor:
-    """softmax(Q K^T / sqrt(width)) V, head by head (paper, equation 8).
+def window_attention(
+    qkv: Tensor, *, num_heads: int, dropout: float = 0.0, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """softmax(scale Q K^T) V, head by head (paper, equation 8).
 
     Args:
         qkv: (windows, length, 3 x channels): queries, keys and values, each head by head.
         num_heads: heads, which divide the channels into parts of one width.
         dropout: probability that a weight is dropped; the others are scaled up.
+        scale: of the scores; by default 1 / sqrt(width).
         backend: `auto`, or the name of one of `BACKENDS`.
 
     Returns:
@@ -54,8 +61,12 @@ def window_attention(qkv: Tensor, *, num_heads: int, dropout: float = 0.0, backe
     if qkv.dim() != 3 or qkv.shape[2] % (3 * num_heads) != 0:
         raise ValueError(f"qkv must be (windows, length, 3 x {num_heads} x width), got {tuple(qkv.shape)}.")
     width = qkv.shape[2] // (3 * num_heads)
-    situation = Situation(qkv.device.type, qkv.dtype, qkv.shape[1], width=width, dropout=dropout > 0)
-    return select("window_attention", BACKENDS, situation, backend).backend.function(qkv, num_heads, dropout)
+    differentiated = torch.is_grad_enabled() and qkv.requires_grad
+    situation = Situation(
+        qkv.device.type, qkv.dtype, qkv.shape[1], width=width, dropout=dropout > 0, differentiated=differentiated
+    )
+    attend = select("window_attention", BACKENDS, situation, backend).backend.function
+    return attend(qkv, num_heads, dropout, width**-0.5 if scale is None else scale)
 
 
 __all__ = ["BACKENDS", "SHORT_LENGTH", "TRAINING_BACKENDS", "window_attention"]

@@ -15,7 +15,7 @@ SHORT_LENGTH = 64  # tokens up to which memory-efficient attention beats flash a
 _SHORT_BACKENDS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def window_attention_sdpa(qkv: Tensor, num_heads: int, dropout: float) -> Tensor:
+def window_attention_sdpa(qkv: Tensor, num_heads: int, dropout: float, scale: float) -> Tensor:
     """Arguments and result as in `mambavision.ops.window_attention`."""
     windows, length, inner = qkv.shape
     width = inner // (3 * num_heads)
@@ -23,5 +23,5 @@ def window_attention_sdpa(qkv: Tensor, num_heads: int, dropout: float) -> Tensor
     # In half precision the memory-efficient one takes only heads whose width is a multiple of 8.
     backends = _SHORT_BACKENDS if length <= SHORT_LENGTH and width % 8 == 0 else TRAINING_BACKENDS
     with sdpa_kernel(backends) if qkv.is_cuda and torch.is_grad_enabled() else nullcontext():
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # (windows, heads, length, width)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)  # (windows, heads, length, width)
     return x.transpose(1, 2).reshape(windows, length, num_heads * width)

@@ -1,4 +1,4 @@
-// 3x3 convolution with zeros around it and what follows it, for GPUs of the Hopper generation.
+// 3x3 convolution with zeros around it, or linear layer, and what follows it, for GPUs of the Hopper generation.
 //
 // A product of matrices whose left one is never formed: its rows are pixels, which the copy unit gathers, and its inner
 // index runs over taps and channels.
@@ -13,9 +13,13 @@
 // what comes from the second-level cache. So the two blocks of a cluster take neighbouring pixels of the same columns,
 // and each loads every other stage's weights for both.
 //
-// Constants that the host defines: N, a multiple of 8; CHANNELS; STRIDE; TEAMS; MEMBERS; PARTS, products of 64 rows that
-// a thread takes part in; STAGES; CLUSTER; CHUNK, channels of 128 bytes, which are swizzled; BFLOAT16; HAS_BIAS, HAS_RESIDUAL; ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh; and the
-// function `wgmma`, sums (64, N) += left (64, 16) right (16, N).
+// With FLOAT8 the operands have 8 bits, their product has a scale for each column, and what comes out is rounded to 8
+// bits too: `copy`. Then `out`, in 16 bits, is written with a residual only, which has that type.
+//
+// Constants that the host defines: COLUMNS of the result; CHANNELS of the map; SIZE, 3 or, for linear layers, 1; STRIDE; FLOAT8; BFLOAT16, whether the 16
+// bits are those; HAS_BIAS; HAS_RESIDUAL; ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh; N, columns of a tile, a multiple of
+// 8; TEAMS; MEMBERS; PARTS, products of 64 rows that a thread takes part in; STAGES; CLUSTER; LINE, bytes that a copy
+// brings of a row, which are swizzled. And the function `wgmma`, sums (64, N) += left (64, STEP) right (STEP, N).
 //
 // Source: NVIDIA, "Parallel Thread Execution ISA", sections on wgmma, cp.async.bulk.tensor and mbarrier. Taking turns:
 // Shah et al., "FlashAttention-3" (arXiv 2407.08608), section 3.1.
@@ -24,13 +28,15 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
+constexpr int CHUNK = FLOAT8 ? LINE : LINE / 2, STEP = FLOAT8 ? 32 : 16;  // channels; a step is 32 bytes
 constexpr int CHUNKS = (CHANNELS + CHUNK - 1) / CHUNK;
-constexpr int LAST_STEPS = (CHANNELS - (CHUNKS - 1) * CHUNK + 15) / 16;  // the last chunk may be narrower
-constexpr int TAPS = 9;
+constexpr int LAST_STEPS = (CHANNELS - (CHUNKS - 1) * CHUNK + STEP - 1) / STEP;  // the last chunk may be narrower
+constexpr int TAPS = SIZE * SIZE;
 constexpr int LENGTH = TAPS * CHUNKS;                                    // stages of a tile
+constexpr int TILES = (COLUMNS + N - 1) / N;                             // of columns
 constexpr int GROUPS = TEAMS * MEMBERS;                                  // of 128 threads that multiply
 constexpr int ROWS = 64 * MEMBERS * PARTS;
-constexpr u32 LEFT_BYTES = ROWS * CHUNK * 2, RIGHT_BYTES = N * CHUNK * 2;
+constexpr u32 LEFT_BYTES = ROWS * LINE, RIGHT_BYTES = N * LINE;
 constexpr u32 STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle repeats every 1,024 bytes");
 
@@ -77,7 +83,7 @@ __device__ __forceinline__ void load_pixels(
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(to), "l"(&map), "r"(barrier), "r"(channel), "r"(column),
-      "r"(row), "r"(image), "h"((short)(tap % 3)), "h"((short)(tap / 3)) : "memory");
+      "r"(row), "r"(image), "h"((short)(tap % SIZE)), "h"((short)(tap / SIZE)) : "memory");
 }
 
 // CHUNK channels of N rows of the weight, for all blocks of the cluster.
@@ -93,7 +99,7 @@ __device__ __forceinline__ u64 operand(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
-// Start adding the products of STEPS x 16 channels; `keep` is 0 for the first of a tile, which overwrites.
+// Start adding the products of so many steps' channels; `keep` is 0 for the first of a tile, which overwrites.
 template <int STEPS>
 __device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, u32 right, int keep) {
   u64 left_operand = operand(left), right_operand = operand(right);
@@ -101,8 +107,8 @@ __device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, 
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part)  // 32 bytes are 16 channels, in units of 16 bytes
-      wgmma(sums[part], left_operand + part * (64 * CHUNK * 2 / 16) + 2 * step, right_operand + 2 * step,
+    for (int part = 0; part < PARTS; ++part)  // operands are told in units of 16 bytes
+      wgmma(sums[part], left_operand + part * (64 * LINE / 16) + 2 * step, right_operand + 2 * step,
             step == 0 ? keep : 1);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -132,6 +138,11 @@ __device__ __forceinline__ u32 narrowed(float x, float y) {
 __device__ __forceinline__ float activated(float v) {
 #if ACTIVATION == 1
   return v < 0.f ? 0.f : v;  // which keeps NaN
+#elif ACTIVATION == 2 && (FLOAT8 || BFLOAT16)
+  // The unit's tanh is off by up to 2^-11 of its size, an eighth of what rounding to bfloat16 takes.
+  float curve, half = 0.5f * v;
+  asm("tanh.approx.f32 %0, %1;" : "=f"(curve) : "f"(v * (0.7978845608028654f + 0.035677406412766f * v * v)));
+  return half + half * curve;
 #elif ACTIVATION == 2
   // 0.5 (1 + tanh u) is the logistic function of 2 u.
   float power, share;
@@ -144,71 +155,113 @@ __device__ __forceinline__ float activated(float v) {
 #endif
 }
 
-// Bias, activation and residual, then the stores, of 64 pixels. A thread has the elements 2 q and 2 q + 1 of each block
-// of 8 columns, of two pixels 8 apart. Neighbours trade words, so that each reads and writes two words in a row.
+// Two numbers in 8 bits, in a half word; what is larger than 448 is cut.
+__device__ __forceinline__ u32 rounded(float x, float y) {
+  unsigned short half;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(half) : "f"(y), "f"(x));
+  return half;
+}
+
+// Whether a block of 8 columns of a tile is one of the result's.
+__device__ __forceinline__ bool is_column(int first) { return COLUMNS % N == 0 || first < COLUMNS; }
+
+// What follows the product, for 64 pixels, and the stores. A thread has the elements 2 q and 2 q + 1 of each block of 8
+// columns, of two pixels 8 apart. Neighbours trade, so that each reads and writes 8 bytes in a row: four columns of one
+// of two blocks, or all eight, in 8 bits, of one of four. A pointer for each tensor, all else in the instructions.
 __device__ __forceinline__ void finish(
-    const float (&sums)[N / 2], const u32* bias, const u32* residual, u32* out, int pixel, int pixels, int column,
-    int columns, int q) {
-  constexpr int BLOCKS = N / 8, BATCH = 4;
-  bool odd = q & 1;
-  u64 at[2];
-  bool inside[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    at[half] = ((u64)(pixel + 8 * half) * columns + column) / 2;  // in words
-    inside[half] = pixel + 8 * half < pixels;
-  }
+    const float (&sums)[N / 2], const float* scale, const void* bias, const u32* residual, u32* out,
+    unsigned char* copy, int pixel, int pixels, int column, int q) {
+  constexpr int BLOCKS = N / 8, BATCH = 4, BELOW = 8 * COLUMNS;  // elements from the first pixel to the second
+  constexpr bool WIDE = !FLOAT8 || HAS_RESIDUAL;                 // whether `out` is written
+  bool odd = q & 1, upper = q & 2;
+  bool inside[2] = {pixel < pixels, pixel + 8 < pixels};
+  u64 at = (u64)pixel * COLUMNS + column;
+  residual += at / 2 + (q & 2) + 4 * odd;
+  out += at / 2 + (q & 2) + 4 * odd;
+  copy += at + 8 * q;
+  int alone = -3 * odd;  // words from there to the thread's own, of a block without a neighbour
 #pragma unroll
   for (int first = 0; first < BLOCKS; first += BATCH) {
-    u32 words[BATCH][2];
+    u32 words[BATCH][2], halves[BATCH][2];
 #if HAS_RESIDUAL
 #pragma unroll
     for (int i = 0; i < BATCH && first + i < BLOCKS; i += 2)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int block = first + i + (first + i + 1 < BLOCKS ? odd : 0);
-        bool there = inside[half] && column + 8 * block < columns;
+        const u32* from = residual + 4 * (first + i) + half * (BELOW / 2);
         if (first + i + 1 < BLOCKS) {
           uint2 two = {0, 0};
-          if (there) two = *(const uint2*)(residual + at[half] + 4 * block + (q & 2));
+          if (inside[half] && is_column(column + 8 * (first + i + odd))) two = *(const uint2*)from;
           u32 got = __shfl_xor_sync(~0u, odd ? two.x : two.y, 1);
           words[i][half] = odd ? got : two.x;
           words[i + 1][half] = odd ? two.y : got;
         } else {
-          words[i][half] = there ? residual[at[half] + 4 * block + q] : 0;
+          words[i][half] = inside[half] && is_column(column + 8 * (first + i)) ? from[alone] : 0;
         }
       }
 #endif
 #pragma unroll
     for (int i = 0; i < BATCH && first + i < BLOCKS; ++i) {
+      int from = column + 8 * (first + i) + 2 * q;
+      bool there = is_column(column + 8 * (first + i));
       float2 shift = {0.f, 0.f};
-#if HAS_BIAS
-      if (column + 8 * (first + i) < columns) shift = widened(bias[column / 2 + 4 * (first + i) + q]);
+#if FLOAT8
+      float2 factor = {0.f, 0.f};
+      if (there) factor = *(const float2*)(scale + from), shift = *(const float2*)((const float*)bias + from);
+#elif HAS_BIAS
+      if (there) shift = widened(((const u32*)bias)[from / 2]);
 #endif
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = activated(sums[4 * (first + i) + 2 * half] + shift.x);
-        float y = activated(sums[4 * (first + i) + 2 * half + 1] + shift.y);
+        float x = sums[4 * (first + i) + 2 * half], y = sums[4 * (first + i) + 2 * half + 1];
+#if FLOAT8
+        x *= factor.x;
+        y *= factor.y;
+#endif
+        x = activated(x + shift.x);
+        y = activated(y + shift.y);
 #if HAS_RESIDUAL
         float2 more = widened(words[i][half]);
         x += more.x;
         y += more.y;
 #endif
-        words[i][half] = narrowed(x, y);
+        if (WIDE) words[i][half] = narrowed(x, y);
+        if (FLOAT8) halves[i][half] = rounded(x, y);
       }
     }
+    if (WIDE)
 #pragma unroll
-    for (int i = 0; i < BATCH && first + i < BLOCKS; i += 2)
+      for (int i = 0; i < BATCH && first + i < BLOCKS; i += 2)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          u32* to = out + 4 * (first + i) + half * (BELOW / 2);
+          if (first + i + 1 < BLOCKS) {
+            u32 got = __shfl_xor_sync(~0u, odd ? words[i][half] : words[i + 1][half], 1);
+            uint2 two = odd ? make_uint2(got, words[i + 1][half]) : make_uint2(words[i][half], got);
+            if (inside[half] && is_column(column + 8 * (first + i + odd))) *(uint2*)to = two;
+          } else if (inside[half] && is_column(column + 8 * (first + i))) {
+            to[alone] = words[i][half];
+          }
+        }
+    if (FLOAT8)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        int block = first + i + (first + i + 1 < BLOCKS ? odd : 0);
-        bool there = inside[half] && column + 8 * block < columns;
-        if (first + i + 1 < BLOCKS) {
-          u32 got = __shfl_xor_sync(~0u, odd ? words[i][half] : words[i + 1][half], 1);
-          uint2 two = odd ? make_uint2(got, words[i + 1][half]) : make_uint2(words[i][half], got);
-          if (there) *(uint2*)(out + at[half] + 4 * block + (q & 2)) = two;
-        } else if (there) {
-          out[at[half] + 4 * block + q] = words[i][half];
+        unsigned char* to = copy + 8 * first + half * BELOW;
+        if (first + BATCH <= BLOCKS) {
+          u32 fours[2];
+#pragma unroll
+          for (int i = 0; i < BATCH; i += 2) {
+            u32 got = __shfl_xor_sync(~0u, odd ? halves[i][half] : halves[i + 1][half], 1);
+            fours[i / 2] = odd ? got | halves[i + 1][half] << 16 : halves[i][half] | got << 16;
+          }
+          u32 got = __shfl_xor_sync(~0u, upper ? fours[0] : fours[1], 2);
+          uint2 eight = upper ? make_uint2(got, fours[1]) : make_uint2(fours[0], got);
+          if (inside[half] && is_column(column + 8 * (first + q))) *(uint2*)to = eight;  // block q of four
+        } else {
+#pragma unroll
+          for (int i = 0; first + i < BLOCKS; ++i)
+            if (inside[half] && is_column(column + 8 * (first + i)))
+              *(unsigned short*)(to + 8 * i - 6 * q) = (unsigned short)halves[i][half];
         }
       }
   }
@@ -217,11 +270,13 @@ __device__ __forceinline__ void finish(
 // Grid: blocks that the GPU holds at once, or fewer. `items`: pairs of tiles, one for each block of a cluster.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1) conv3x3(
     const __grid_constant__ TensorMap x_map,       // (batch, height, width, CHANNELS)
-    const __grid_constant__ TensorMap weight_map,  // (columns, TAPS, CHANNELS)
-    const u32* bias,                               // (columns,)
-    const u32* residual,                           // (batch, out_height, out_width, columns)
+    const __grid_constant__ TensorMap weight_map,  // (COLUMNS, TAPS, CHANNELS)
+    const float* scale,                            // (COLUMNS,), with FLOAT8
+    const void* bias,                              // (COLUMNS,), with FLOAT8 float32, else in the type of x
+    const u32* residual,                           // (batch, out_height, out_width, COLUMNS)
     u32* out,                                      // the same
-    int pixels, int out_height, int out_width, int columns, int tiles_of_columns, int items) {
+    unsigned char* copy,                           // the same, with FLOAT8
+    int pixels, int out_height, int out_width, int items) {
   extern __shared__ unsigned char memory[];
   __shared__ u64 barriers[2 * STAGES];
   u32 stages = (shared_address(memory) + 1023) & ~1023u;
@@ -244,15 +299,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
     if (threadIdx.x % 128 == 0) {
       int turn = 0;  // which block loads the weights
       for (int item = blockIdx.x / CLUSTER; item < items; item += clusters) {
-        int weight_row = item % tiles_of_columns * N;
-        int pixel = (item / tiles_of_columns * CLUSTER + rank) * ROWS;
+        int weight_row = item % TILES * N;
+        int pixel = (item / TILES * CLUSTER + rank) * ROWS;
         int image = pixel / (out_height * out_width);
-        int row = pixel / out_width % out_height * STRIDE - 1;
-        int column = pixel % out_width * STRIDE - 1;
+        int row = pixel / out_width % out_height * STRIDE - SIZE / 2;
+        int column = pixel % out_width * STRIDE - SIZE / 2;
 #if HAS_RESIDUAL
-        int many = (pixels - pixel < ROWS ? pixels - pixel : ROWS) * columns * 2;  // bytes needed at the tile's end
-        if (many > 0)
-          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual + (u64)pixel * columns / 2), "r"(many));
+        int many = (pixels - pixel < ROWS ? pixels - pixel : ROWS) * COLUMNS * 2;  // bytes needed at the tile's end
+        if (many > 0 && item % TILES == 0)  // for all tiles of these pixels
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual + (u64)pixel * COLUMNS / 2), "r"(many));
 #endif
         for (int tap = 0; tap < TAPS; ++tap)
           for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -287,7 +342,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
 #pragma unroll 1
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         u32 left = stages + stage * STAGE_BYTES, right = left + LEFT_BYTES;
-        left += member * PARTS * 64 * CHUNK * 2;
+        left += member * PARTS * 64 * LINE;
         barrier_wait(full + 8 * stage, phase);
         if (chunk < CHUNKS - 1)
           multiply<4>(sums, left, right, tap + chunk);
@@ -300,13 +355,17 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
       }
     give_turn(1 - team);
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+      for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[part][i])::"memory");  // not read before here
     if (lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
     if (TEAMS > 1) phase ^= (stage + LENGTH) / STAGES & 1, stage = (stage + LENGTH) % STAGES;  // the other team's
 
-    int pixel = (item / tiles_of_columns * CLUSTER + rank) * ROWS + member * PARTS * 64 + warp * 16 + lane / 4;
+    int pixel = (item / TILES * CLUSTER + rank) * ROWS + member * PARTS * 64 + warp * 16 + lane / 4;
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
-      finish(sums[part], bias, residual, out, pixel + 64 * part, pixels, item % tiles_of_columns * N, columns, lane % 4);
+      finish(sums[part], scale, bias, residual, out, copy, pixel + 64 * part, pixels, item % TILES * N, lane % 4);
   }
   cluster_sync();
 }

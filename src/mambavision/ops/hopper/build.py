@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
@@ -13,11 +15,12 @@ import torch
 from cuda.bindings import driver, nvrtc
 from triton.runtime.cache import get_cache_manager
 
-from mambavision.ops.conv3x3.hopper.plan import CHUNK, Definitions
+from mambavision.ops.hopper.plan import LINE, Definitions
 
 # `sm_90a` is Hopper with the instructions that later generations do not have.
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
 MAPS = 1024  # that are kept; making one takes some microseconds
+MAP_BYTES, MAP_ALIGNMENT = 128, 128
 
 
 def checked(result: tuple[Any, ...]) -> Any:
@@ -33,16 +36,17 @@ def checked(result: tuple[Any, ...]) -> Any:
 
 
 def multiply_add(n: int, kind: str) -> str:
-    """The function `wgmma` of `kernel.cu` for n columns of `bf16` or `f16`: C++ wants each register named."""
+    """The function `wgmma` of `kernel.cu` for n columns of `bf16`, `f16` or `e4m3`: C++ wants each register named."""
     count = n // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
+    step, layouts = (32, "") if kind == "e4m3" else (16, ", 0, 0")  # 8-bit operands have one layout only
     return f"""
 __device__ __forceinline__ void wgmma(
     float (&sums)[{count}], unsigned long long left, unsigned long long right, int keep) {{
   asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{n}k16.f32.{kind}.{kind} "
-      "{{{registers}}}, %{count}, %{count + 1}, p, 1, 1, 0, 0;\\n}}"
+      "wgmma.mma_async.sync.aligned.m64n{n}k{step}.f32.{kind}.{kind} "
+      "{{{registers}}}, %{count}, %{count + 1}, p, 1, 1{layouts};\\n}}"
       : {operands} : "l"(left), "l"(right), "r"(keep));
 }}
 """
@@ -51,10 +55,10 @@ __device__ __forceinline__ void wgmma(
 def source(defined: Definitions) -> str:
     """`kernel.cu` with its constants and the function that it asks for."""
     values = dict(defined)
+    kind = "e4m3" if values["FLOAT8"] else "bf16" if values["BFLOAT16"] else "f16"
     lines = [f"#define {name} {value}" for name, value in defined]
-    function = multiply_add(values["N"], "bf16" if values["BFLOAT16"] else "f16")
     kernel = (files(__package__) / "kernel.cu").read_text(encoding="utf-8")
-    return "\n".join([*lines, function, kernel])
+    return "\n".join([*lines, multiply_add(values["N"], kind), kernel])
 
 
 def compiled(text: str) -> bytes:
@@ -114,10 +118,14 @@ def kernel(defined: Definitions, shared_bytes: int, device: int) -> Any:
 
 
 def try_out(device: int) -> None:
-    """Compile and load a kernel that does nothing; raises what goes wrong."""
+    """Go the way of the kernel with one that does nothing; raises what goes wrong."""
     code = compiled('extern "C" __global__ void nothing() {}')
     with on(device):
         checked(driver.cuModuleUnload(checked(driver.cuModuleLoadData(code))))
+        address = checked(driver.cuMemAlloc(LINE))  # PyTorch's may be no memory, while it traces
+        pixels_map(int(address), (8, 1, 1, 1), (8, 8, 8), 3, 1, 128, torch.float16)
+        weight_map(int(address), 8, 9, 8, 72, 8, torch.float16)
+        checked(driver.cuMemFree(address))
 
 
 @lru_cache(maxsize=MAPS)
@@ -125,6 +133,7 @@ def pixels_map(
     address: int,
     sizes: tuple[int, int, int, int],
     strides: tuple[int, int, int],
+    size: int,
     stride: int,
     rows: int,
     dtype: torch.dtype,
@@ -135,64 +144,81 @@ def pixels_map(
         address: of the first element.
         sizes: channels, columns, rows and pictures of the map.
         strides: from column to column, row to row and picture to picture, in elements.
+        size: rows and columns of taps; as many zeros as centre them are around the map.
         stride: of the convolution.
         rows: pixels a copy.
-        dtype: of the elements, bfloat16 or float16.
+        dtype: of the elements.
     """
     # The stride of a dimension of size 1 may be anything, but for the copy unit.
     steps = [step if many > 1 else sizes[0] for many, step in zip(sizes[1:], strides, strict=True)]
-    return checked(
-        driver.cuTensorMapEncodeIm2col(
-            _kind(dtype),
-            len(sizes),
-            address,
-            [driver.cuuint64_t(many) for many in sizes],
-            [driver.cuuint64_t(2 * step) for step in steps],
-            [-1, -1],  # where the top left tap is for the first pixel, and for the last
-            [-1, -1],
-            CHUNK,
-            rows,
-            [driver.cuuint32_t(step) for step in (1, stride, stride, 1)],
-            *_manner(),
-        )
+    return _tensor_map(
+        "cuTensorMapEncodeIm2col",
+        address,
+        sizes,
+        steps,
+        dtype,
+        (ctypes.c_int * 2)(*[-(size // 2)] * 2),  # where the top left tap is for the first pixel, and for the last
+        (ctypes.c_int * 2)(*[size // 2 - size + 1] * 2),
+        ctypes.c_uint32(LINE // dtype.itemsize),
+        ctypes.c_uint32(rows),
+        (ctypes.c_uint32 * 4)(1, stride, stride, 1),
     )
 
 
 @lru_cache(maxsize=MAPS)
-def weight_map(address: int, columns: int, channels: int, row: int, n: int, dtype: torch.dtype) -> Any:
-    """How the copy unit reads n rows of a weight (columns, 9, channels), `row` elements from one to the next."""
-    return checked(
-        driver.cuTensorMapEncodeTiled(
-            _kind(dtype),
-            3,
-            address,
-            [driver.cuuint64_t(many) for many in (channels, 9, columns)],
-            [driver.cuuint64_t(2 * step) for step in (channels, row)],
-            [driver.cuuint32_t(many) for many in (CHUNK, 1, n)],
-            [driver.cuuint32_t(1)] * 3,
-            *_manner(),
-        )
+def weight_map(address: int, columns: int, taps: int, channels: int, row: int, n: int, dtype: torch.dtype) -> Any:
+    """How the copy unit reads n rows of a weight (columns, taps, channels), `row` elements from one to the next."""
+    return _tensor_map(
+        "cuTensorMapEncodeTiled",
+        address,
+        (channels, taps, columns),
+        (channels, row),
+        dtype,
+        (ctypes.c_uint32 * 3)(LINE // dtype.itemsize, 1, n),
+        (ctypes.c_uint32 * 3)(1, 1, 1),
     )
 
 
-def _kind(dtype: torch.dtype) -> Any:
+@cache
+def _library() -> Any:
+    """The driver. NVIDIA's Python package puts maps where Python objects lie, which is not aligned as CUDA asks."""
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _tensor_map(
+    function: str, address: int, sizes: Sequence[int], steps: Sequence[int], dtype: torch.dtype, *shape: Any
+) -> Any:
+    """A description for the copy unit: lines swizzled, fetched in pairs, zeros beyond the tensor."""
     kinds = driver.CUtensorMapDataType
-    return kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if dtype == torch.bfloat16 else kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-
-
-def _manner() -> tuple[Any, ...]:
-    """What both maps say last: no interleaving, lines swizzled, whole lines pairwise, zeros beyond the tensor."""
-    return (
+    kind = {
+        torch.bfloat16: kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+        torch.float8_e4m3fn: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+    }[dtype]
+    manner = (
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
+    memory = (ctypes.c_byte * (MAP_BYTES + MAP_ALIGNMENT))()
+    made = (ctypes.c_byte * MAP_BYTES).from_buffer(memory, -ctypes.addressof(memory) % MAP_ALIGNMENT)
+    status = getattr(_library(), function)(
+        ctypes.byref(made),
+        ctypes.c_int(int(kind)),
+        ctypes.c_uint32(len(sizes)),
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * len(sizes))(*sizes),
+        (ctypes.c_uint64 * len(steps))(*(dtype.itemsize * step for step in steps)),
+        *shape,
+        *(ctypes.c_int(int(each)) for each in manner),
+    )
+    checked((driver.CUresult(status),))
+    return made
 
 
-def start(
-    function: Any, blocks: int, threads: int, shared_bytes: int, stream: int, arguments: Sequence[tuple[Any, Any]]
-) -> None:
-    """Launch on a stream of the current GPU; each argument with its type of C, or None where it knows its own."""
-    values, types = zip(*arguments, strict=True)
-    checked(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, (values, types), 0))
+def start(function: Any, blocks: int, threads: int, shared_bytes: int, stream: int, arguments: Sequence[Any]) -> None:
+    """Launch on a stream of the current GPU, with arguments of `ctypes`."""
+    addresses = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+    at = ctypes.addressof(addresses)
+    checked(driver.cuLaunchKernel(function, blocks, 1, 1, threads, 1, 1, shared_bytes, stream, at, 0))

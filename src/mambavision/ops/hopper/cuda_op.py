@@ -1,0 +1,203 @@
+"""Products of the kernel for Hopper GPUs as operators that PyTorch knows, and where they serve."""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from mambavision.ops import launch
+from mambavision.ops.conv3x3.layout import empty_map, laid_out
+from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, Plan, definitions, linear_plan, plan
+
+# Where the copies take longer than the products: with fewer columns, or with channels that leave more of the lines that
+# are copied empty than a seventh and a quarter.
+LEAST_COLUMNS, MOST_COPIED = 112, 1.4
+BYTES = 16  # where a copy may start, and from pixel to pixel, are multiples of so many
+MOST_PIXELS = 2**31 - 2**20  # of a map; they are counted in 32 bits, to the end of the last tile
+FLOAT8 = torch.float8_e4m3fn
+
+
+@cache
+def fault(device: int) -> str | None:
+    """Why the kernel cannot run on a GPU, or None. On a GPU that it is made for, a warning says it too."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
+        return "it is not of the Hopper generation"
+    try:
+        from mambavision.ops.hopper import build
+
+        build.try_out(device)
+    except ImportError:
+        reason = "cuda-bindings is not installed (pip install cuda-bindings)"
+    except Exception as error:  # whatever it is, the kernel in Triton needs nothing of it
+        reason = f"{type(error).__name__}: {error}"
+    else:
+        return None
+    warnings.warn(f"Products run through other kernels, not through the one made for this GPU: {reason}", stacklevel=2)
+    return reason
+
+
+def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> bool:
+    """Whether the product of a map or rows, on whatever device, should be computed here, if it is a large one."""
+    columns, channels = weight.shape[:2]
+    bytes_of_pixel = channels * x.element_size()
+    return (
+        x.is_cuda
+        and x.dtype in (torch.bfloat16, torch.float16, FLOAT8)
+        and _types_fit(x, weight, bias, residual)
+        and activation in ACTIVATIONS
+        and columns >= LEAST_COLUMNS
+        and columns % UNIT == 0
+        and bytes_of_pixel % BYTES == 0
+        and -(-bytes_of_pixel // LINE) * LINE <= MOST_COPIED * bytes_of_pixel
+        and x.numel() // channels < MOST_PIXELS
+        and fault(torch.cuda.current_device() if x.device.index is None else x.device.index) is None
+    )
+
+
+def _types_fit(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
+    wide = (torch.bfloat16, torch.float16) if x.dtype == FLOAT8 else (x.dtype,)
+    return (
+        weight.dtype == x.dtype
+        and (bias is None or bias.dtype == (torch.float32 if x.dtype == FLOAT8 else x.dtype))
+        and (residual is None or residual.dtype in wide)
+    )
+
+
+@custom_op("mambavision::conv3x3_hopper", mutates_args=())
+def conv3x3(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int, activation: str
+) -> Tensor:
+    """act(conv(x) + bias) + residual, channels-last; arguments as in `mambavision.ops.conv3x3`."""
+    out = empty_map(x, weight, stride)
+    _fill(out, None, x, weight, None, bias, residual, stride, activation)
+    return out
+
+
+conv3x3.register_fake(lambda x, weight, _bias, _residual, stride, _activation: empty_map(x, weight, stride))
+
+
+@custom_op("mambavision::linear_hopper", mutates_args=())
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """act(x weight^T + bias), contiguous; arguments as in `mambavision.ops.linear`."""
+    columns, inner = weight.shape
+    out = x.new_empty((*x.shape[:-1], columns))
+    rows = x.reshape(-1, inner)  # as a map of one row, and its result likewise
+    as_map = rows.view(1, 1, len(rows), inner).permute(0, 3, 1, 2)
+    result = out.view(1, 1, len(rows), columns).permute(0, 3, 1, 2)
+    cut = linear_plan(len(rows), columns, inner, _processors(x.device.index))
+    _fill(result, None, as_map, weight[:, :, None, None], None, bias, None, 1, activation, cut)
+    return out
+
+
+linear.register_fake(lambda x, weight, _bias, _activation: x.new_empty((*x.shape[:-1], weight.shape[0])))
+
+
+@custom_op("mambavision::conv3x3_hopper_float8", mutates_args=())
+def conv3x3_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """Like `conv3x3`, of 8-bit numbers and to such; arguments as in `mambavision.ops.conv3x3.float8`."""
+    copy = empty_map(x, weight)
+    _fill(None, copy, x, weight, scale, bias, None, 1, activation)
+    return copy
+
+
+conv3x3_float8.register_fake(lambda x, weight, _scale, _bias, _activation: empty_map(x, weight))
+
+
+@custom_op("mambavision::conv3x3_hopper_float8_add", mutates_args=())
+def conv3x3_float8_add(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor, activation: str
+) -> tuple[Tensor, Tensor]:
+    """The sum in the type of the residual, and in 8 bits."""
+    out, copy = empty_map(x, weight, dtype=residual.dtype), empty_map(x, weight)
+    _fill(out, copy, x, weight, scale, bias, residual, 1, activation)
+    return out, copy
+
+
+@conv3x3_float8_add.register_fake
+def _(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor, residual: Tensor, _: str) -> tuple[Tensor, Tensor]:
+    return empty_map(x, weight, dtype=residual.dtype), empty_map(x, weight)
+
+
+@cache
+def _processors(device: int) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """A map or a weight, or a dense copy where the copy unit does not take it as it lies."""
+    size = tensor.element_size()
+    steps = [tensor.stride(dim) * size for dim in (0, 2, 3) if tensor.shape[dim] > 1]
+    if tensor.data_ptr() % BYTES == 0 and all(step > 0 and step % BYTES == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.channels_last)
+
+
+def _aligned(vector: Tensor | None) -> Tensor | None:
+    """Numbers side by side, of which a thread can read two at once."""
+    if vector is None:
+        return None
+    vector = vector.contiguous()
+    return vector if vector.data_ptr() % BYTES == 0 else vector.clone()
+
+
+def _fill(
+    out: Tensor | None,
+    copy: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: int,
+    activation: str,
+    cut: Plan | None = None,
+) -> None:
+    """Compute `out` and `copy`, its numbers in 8 bits, where they are given."""
+    if not _types_fit(x, weight, bias, residual):  # as it would read them as what they are not
+        raise TypeError("weight, bias and residual must be of the map's type, or fit its 8 bits.")
+    from mambavision.ops.hopper import build
+
+    x, weight, residual = laid_out(x, weight, residual)
+    x, weight = _readable(x), _readable(weight)
+    residual = None if residual is None else _readable(residual)
+    scale, bias = _aligned(scale), _aligned(bias)
+    columns, channels, size = weight.shape[:3]
+    batch, _, height, width = x.shape
+    result = copy if out is None else out
+    assert result is not None
+    cut = plan(columns) if cut is None else cut
+    defined = definitions(
+        cut,
+        columns,
+        channels,
+        dtype=x.dtype,
+        out_dtype=result.dtype,
+        stride=stride,
+        size=size,
+        bias=bias is not None,
+        residual=residual is not None,
+        activation=activation,
+    )
+    compiled = partial(build.kernel, defined, cut.shared_bytes, x.device.index)
+    if launch.is_precompiling():
+        launch.note(("conv3x3_hopper", defined, x.device), compiled)
+        return
+    pixels = result.numel() // columns
+    items = -(-columns // cut.n) * -(-pixels // (cut.rows * CLUSTER))
+    clusters = min(_processors(x.device.index) // CLUSTER, items)
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    sizes, strides = (channels, width, height, batch), (x.stride(3), x.stride(2), x.stride(0))
+    others = [None if tensor is None else tensor.data_ptr() for tensor in (scale, bias, residual, out, copy)]
+    with build.on(x.device.index):
+        arguments = [
+            build.pixels_map(x.data_ptr(), sizes, strides, size, stride, cut.rows, x.dtype),
+            build.weight_map(weight.data_ptr(), columns, size**2, channels, weight.stride(0), cut.n, x.dtype),
+            *map(ctypes.c_void_p, others),
+            *map(ctypes.c_int, (pixels, *result.shape[2:], items)),
+        ]
+        build.start(compiled(), clusters * CLUSTER, cut.threads, cut.shared_bytes, stream, arguments)

@@ -1,0 +1,145 @@
+"""How the product for Hopper GPUs is cut, and what its source has to know of a call."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+CLUSTER = 2  # blocks of threads that load weights for each other
+LINE = 128  # bytes of the channels that one copy brings
+GROUP = 128  # threads that multiply together
+WIDEST_TURNS = 208  # columns up to which a thread's registers hold the sums of two products
+SHARED_BYTES = 227 * 1024  # of a block, at most
+ALIGNMENT = 1024  # bytes that the stages start at a multiple of
+BARRIERS = 1024  # bytes that are left to the stages' barriers
+MOST_STAGES = 8
+UNIT = 8  # columns, of which a tile has a multiple
+# Of linear layers: tiles of so many columns are compared, and what a tile costs beside its columns, in columns. With
+# few steps a tile, how it is finished counts: then the narrowest, which has the most stages, is the fastest.
+CUTS, COST_OF_A_TILE = (192, 176, 160, 144, 128), 16
+FEW_STEPS = 768  # inner columns
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu_tanh": 2}
+
+Definitions = tuple[tuple[str, int], ...]
+
+
+class Plan(NamedTuple):
+    """How a product is cut; names as in `kernel.cu`.
+
+    Attributes:
+        n: columns of a tile.
+        teams: that take turns.
+        members: groups of threads in a team.
+        parts: products of 64 rows a group.
+        stages: of the ring.
+    """
+
+    n: int
+    teams: int
+    members: int
+    parts: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Pixels, or rows, of a tile."""
+        return 64 * self.members * self.parts
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block: one group copies, the others multiply."""
+        return GROUP * (self.teams * self.members + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block that is asked for at its launch."""
+        return self.stages * _stage_bytes(self.rows, self.n) + ALIGNMENT
+
+
+def plan(columns: int) -> Plan:
+    """The cut of a convolution to so many columns: tiles as equal as multiples of 8 can be.
+
+    Two teams that take turns hide how a tile is finished; multiples of 256 columns are worth more in one tile.
+    """
+    if columns % 256 == 0:
+        n, teams, members, parts = 256, 1, 2, 1
+    else:
+        tiles = -(-columns // WIDEST_TURNS)
+        n, teams, members, parts = -(-columns // (tiles * UNIT)) * UNIT, 2, 1, 2
+    return _staged(n, teams, members, parts)
+
+
+def linear_plan(rows: int, columns: int, inner: int, processors: int) -> Plan:
+    """The cut of a linear layer, which leaves as few processors as can be without work in its last round.
+
+    Args:
+        rows: of the left matrix.
+        columns: of the result.
+        inner: columns of the left matrix.
+        processors: of the GPU.
+    """
+    if columns < CUTS[0]:
+        return plan(columns)
+
+    def cost(n: int) -> int:
+        clusters = -(-rows // (128 * CLUSTER)) * -(-columns // n)
+        return -(-clusters // (processors // CLUSTER)) * (n + COST_OF_A_TILE)
+
+    return _staged(CUTS[-1] if inner < FEW_STEPS else min(CUTS, key=cost), teams=2, members=1, parts=2)
+
+
+def _staged(n: int, teams: int, members: int, parts: int) -> Plan:
+    stages = (SHARED_BYTES - ALIGNMENT - BARRIERS) // _stage_bytes(64 * members * parts, n)
+    return Plan(n, teams, members, parts, min(stages, MOST_STAGES))
+
+
+def _stage_bytes(rows: int, n: int) -> int:
+    return (rows + n) * LINE
+
+
+def definitions(
+    cut: Plan,
+    columns: int,
+    channels: int,
+    *,
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    stride: int = 1,
+    size: int = 3,
+    bias: bool,
+    residual: bool,
+    activation: str,
+) -> Definitions:
+    """The constants of `kernel.cu`.
+
+    Args:
+        cut: of the product.
+        columns: channels of the result.
+        channels: of the map.
+        dtype: of map and weight.
+        out_dtype: of the result, or with 8 bits of the one that is wider.
+        stride: of the convolution.
+        size: rows and columns of its taps; 1 for a linear layer.
+        bias: whether there is one.
+        residual: likewise.
+        activation: one of `ACTIVATIONS`.
+    """
+    return (
+        ("COLUMNS", columns),
+        ("CHANNELS", channels),
+        ("STRIDE", stride),
+        ("SIZE", size),
+        ("FLOAT8", int(dtype == torch.float8_e4m3fn)),
+        ("BFLOAT16", int(out_dtype == torch.bfloat16)),
+        ("HAS_BIAS", int(bias)),
+        ("HAS_RESIDUAL", int(residual)),
+        ("ACTIVATION", ACTIVATIONS[activation]),
+        ("N", cut.n),
+        ("TEAMS", cut.teams),
+        ("MEMBERS", cut.members),
+        ("PARTS", cut.parts),
+        ("STAGES", cut.stages),
+        ("CLUSTER", CLUSTER),
+        ("LINE", LINE),
+    )
