@@ -10,7 +10,7 @@ from torch.library import triton_op
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.layer_norm.kernels import layer_norm_kernel
 
-BLOCK = 4096  # elements a program, so that each thread has two loads of 16 bytes under way
+ROWS, COLUMNS_OF_A_WARP = 4, 512  # of a program: a row's sum then takes few warps, mostly one
 
 
 @triton_op("mambavision::layer_norm", mutates_args=())
@@ -38,8 +38,8 @@ def _launch(
     rows = x.numel() // channels
     if rows:
         columns = triton.next_power_of_2(channels)
-        block = max(1, BLOCK // columns)
-        launcher(layer_norm_kernel)[(triton.cdiv(rows, block),)](
+        warps = min(max(1, columns // COLUMNS_OF_A_WARP), 16)
+        launcher(layer_norm_kernel)[(triton.cdiv(rows, ROWS),)](
             x, offset, out, shift, shifted, rows, channels, eps,
-            BLOCK_M=block, BLOCK_N=columns, HAS_OFFSET=offset is not None, HAS_SHIFT=shift is not None, num_warps=8,
+            BLOCK_M=ROWS, BLOCK_N=columns, HAS_OFFSET=offset is not None, HAS_SHIFT=shift is not None, num_warps=warps,
         )  # fmt: skip

@@ -15,7 +15,7 @@ from mambavision.ops.launch import launcher
 from mambavision.ops.tiles import common_unit
 from mambavision.ops.token_conv.kernels import token_conv_backward_kernel, token_conv_kernel
 
-BLOCK_M, BLOCK_N = 32, 64
+BLOCK_M, BLOCK_N, WARPS = 32, 64, 2
 # Of the backward: tokens that a thread walks along, which divide the networks' windows of 49 and 196, and how many
 # before their use they are loaded; runs and channels of a program, and its warps.
 RUN, AHEAD = 7, 7
@@ -34,7 +34,7 @@ def token_conv(x: Tensor, weight: Tensor) -> Tensor:
         unit = common_unit(channels, x.stride(0))
         launcher(token_conv_kernel)[(triton.cdiv(channels, BLOCK_N) * triton.cdiv(rows, BLOCK_M),)](
             x, weight.contiguous(), out, rows, length, channels, x.stride(0) // unit, channels // unit,
-            UNIT=unit, KERNEL=weight.shape[-1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=4,
+            UNIT=unit, KERNEL=weight.shape[-1], BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N, num_warps=WARPS,
         )  # fmt: skip
     return out
 
