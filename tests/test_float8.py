@@ -86,10 +86,10 @@ def test_a_weight_is_its_rounded_numbers_times_a_scale():
         assert numbers[output].float().abs().max() == 448
 
 
-def operands(channels, columns, height, width):
-    x = to_float8(torch.randn(2, channels, height, width)).to(DEVICE).contiguous(memory_format=LAST)
+def operands(channels, columns, height, width, batch=2):
+    x = to_float8(torch.randn(batch, channels, height, width)).to(DEVICE).contiguous(memory_format=LAST)
     weight, scale = scaled_to_float8(torch.randn(columns, channels, 3, 3) * (9 * channels) ** -0.5)
-    residual = torch.randn(2, columns, height, width).half().to(DEVICE)
+    residual = torch.randn(batch, columns, height, width).half().to(DEVICE)
     return x, weight.to(DEVICE), scale.to(DEVICE), torch.randn(columns).to(DEVICE), residual
 
 

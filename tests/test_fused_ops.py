@@ -228,10 +228,12 @@ def test_layer_norm(dtype, offset, shape, poisoned):
 def test_layer_norm_and_sum(dtype, shape, poisoned):
     x, shift = random(*shape, dtype=dtype) + 3, random(shape[-1], dtype=dtype)
     truth = layer_norm_and_sum(*wide(x, shift), eps=1e-5)
-    usual = layer_norm_and_sum(x, shift, eps=1e-5, backend="reference")
-    for here in (x, gapped(x)):
-        for found in zip(layer_norm_op.layer_norm_and_sum(here, gapped(shift), 1e-5), usual, truth, strict=True):
-            check(*found)
+    for constant in (shift, shift.float()):
+        usual = layer_norm_and_sum(x, constant, eps=1e-5, backend="reference")
+        for here in (x, gapped(x)):
+            found = layer_norm_op.layer_norm_and_sum(here, gapped(constant), 1e-5)
+            for compared in zip(found, usual, truth, strict=True):
+                check(*compared)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -340,6 +342,22 @@ def test_a_choice_is_kept(monkeypatch):
 
 
 # --- what only a GPU shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 49, 700])
+def test_gelu_at_the_end_of_the_librarys_product(dtype, rows, poisoned):
+    """Where the kernel for Hopper GPUs does not serve; a bias of another type goes to ours."""
+    x, weight = random(rows, 40, dtype=dtype), random(88, 40, dtype=dtype, scale=40**-0.5)
+    bias = random(88, dtype=dtype)
+    truth = linear(*wide(x, weight, bias), activation="gelu_tanh")
+    usual = linear(x, weight, bias, activation="gelu_tanh", backend="reference")
+    for shift in (bias, bias.float()):
+        found = linear_op.linear(x, weight, shift, None, None, 0.0, "gelu_tanh")
+        assert found.dtype == dtype
+        assert (found - truth).abs().max() <= 2 * (usual - truth).abs().max() + 6e-4
+    torch.library.opcheck(linear_op.linear, (x, weight, bias, None, None, 0.0, "gelu_tanh"))
 
 
 @pytest.mark.gpu

@@ -16,6 +16,8 @@ from mambavision.inference.images import read_image
 from mambavision.inference.optimization import finished
 from mambavision.inference.picture_files import sample_pictures
 from mambavision.inference.preprocess import build_transform
+from mambavision.layers.attention import Attention
+from mambavision.ops.window_attention import window_attention
 from test_fuse import outputs, trained
 
 TINY = "mamba_vision_test_tiny"
@@ -79,6 +81,20 @@ def test_attention_takes_the_fastest_backend(monkeypatch, shape, gradient, first
     gpu._fastest_attention(query)
     assert [order[0] for order in chosen] == ([] if first is None else [first])
     assert not gradient or "CUDNN_ATTENTION" not in chosen[0]  # whose backward gives NaN
+
+
+@pytest.mark.parametrize("length", [49, 196])
+def test_padded_heads_keep_the_scale_of_their_width(monkeypatch, length):
+    attention = Attention(24, num_heads=2).eval()  # heads of 12 channels, padded to 16
+    kernels = gpu.KernelAttention(attention)
+    asked = []
+    monkeypatch.setattr(
+        gpu, "window_attention", lambda qkv, **how: (asked.append(how), window_attention(qkv, **how))[1]
+    )
+    x = torch.randn(3, length, 24)
+    found = kernels.last(kernels(kernels.first(x)))
+    torch.testing.assert_close(found, attention(x))
+    assert asked == ([{"num_heads": 2, "scale": 12**-0.5}] if length == 49 else [])
 
 
 def test_types_at_the_border_are_those_of_the_pictures():

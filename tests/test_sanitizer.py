@@ -30,6 +30,7 @@ def test_kernels_stay_inside_their_memory(file, sanitizer):
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0"]
     tests += [f"tests/test_{file}.py", "-k", " and ".join(f"not {word}" for word in LEFT_OUT)]
     done = subprocess.run(
+        # Not what the driver answers: CUDA's bindings ask for functions that it may not have. A failing launch raises.
         [sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(ERROR), *tests],
         cwd=Path(__file__).parents[1],
         # Every tensor by itself: inside PyTorch's blocks of memory a read beside a tensor would be allowed.

@@ -29,13 +29,15 @@ from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum
 from mambavision.ops.linear import linear
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
-from mambavision.ops.window_attention import SHORT_LENGTH, TRAINING_BACKENDS, window_attention
+from mambavision.ops.window_attention import TRAINING_BACKENDS, window_attention
 
 CHANNEL_UNIT, FLOAT8_UNIT = 16, 32  # 32 bytes, what a GPU reads of its memory at once, in 16 and in 8 bits
 HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a head
 # Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
 # with kernels for what surrounds it.
 FEW_ROWS, FEW_CHANNELS = 2048, 640
+# Tokens up to which, without gradients, our kernel for attention beats all of PyTorch's; above, cuDNN's is as fast.
+SHORT_WINDOW = 64
 MANY_WINDOWS = 16  # from which cuDNN's attention beats flash attention; it takes long when it is first called
 
 
@@ -122,9 +124,9 @@ class KernelDownsample(nn.Module):
 class KernelTokens(nn.Module):
     """All blocks of a window level, on its windows of tokens.
 
-    Few tokens go block by block through kernels that take norm and residual along. Many go through the library's
-    products, which add to the residual stream in place, but without biases. These are constant: all of them are added
-    at the start, and each norm takes off those that are not due yet.
+    Few tokens go block by block through kernels that take norm and residual along. Many go through products of the
+    library's, which add to the residual stream in place, but without biases. These are constant: all of them are added
+    at the start, beside the first norm, and each later norm takes off those that are not due yet.
     """
 
     early: Tensor
@@ -205,13 +207,13 @@ class KernelTokenBlock(CastWithExact):
         return linear(hidden, self.fc2.weight, self.fc2.bias, residual=x)
 
     def add_to(self, x: Tensor, length: int, normed: Tensor) -> None:
-        """The same on the stream x (rows, dim), in place, and its first norm; its biases are there already."""
+        """The same on the stream x (rows, dim), in place; its biases are there already. `normed`: its first norm."""
         first, last = self.mixer.first, self.mixer.last
         u = F.linear(normed, first.weight, first.bias)
         mixed = self.mixer(u.view(-1, length, u.shape[1]))
         x.addmm_(mixed.reshape(x.shape[0], -1), last.weight.t())
         normed = layer_norm(x, self.early2, eps=self.eps)
-        # Within 5e-4 of GELU; a GPU's products have it at their end.
+        # Within 1.2e-3 of GELU, half of it by the unit for tanh; a GPU's products have it at their end.
         hidden = linear(normed, self.fc1.weight, self.fc1.bias, activation="gelu_tanh" if x.is_cuda else "gelu")
         x.addmm_(hidden, self.fc2.weight.t())
 
@@ -276,7 +278,7 @@ class KernelAttention(nn.Module):
         windows, length, _ = qkv.shape
         if windows == 0:  # which not every fused kernel takes
             return qkv[..., : self.num_heads * self.width]
-        if length <= SHORT_LENGTH:
+        if length <= SHORT_WINDOW:
             return window_attention(qkv, num_heads=self.num_heads, scale=self.scale)
         q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
         with _fastest_attention(q):

@@ -35,6 +35,8 @@ class Tile(NamedTuple):
     tail: int = 0
 
 
+# No tiles of ours: the library's product, and that of the kernel in CUDA C++ for GPUs of the Hopper generation.
+LIBRARY, HOPPER = Tile(0, 0, 0, 0, 0), Tile(0, 0, 0, 0, 1)
 # For little work: the first that gives enough programs to keep a large GPU busy, else the last.
 SMALL = (Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4), Tile(64, 16, 128, 4, 3))
 _BUSY = 80  # programs

@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.library import triton_op
 
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
-from mambavision.ops.conv3x3.layout import empty_map, laid_out
 from mambavision.ops.hopper import cuda_op as hopper
 from mambavision.ops.launch import dense, launcher
-from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
+from mambavision.ops.map_layout import empty_map, laid_out
+from mambavision.ops.tiles import HOPPER, LIBRARY, Tile, choose, common_unit, is_large, small_tiles, that_fit
 
-LIBRARY = Tile(0, 0, 0, 0, 0)  # cuDNN's convolution, and a kernel for what follows it
-HOPPER = Tile(0, 0, 0, 0, 1)  # the kernel for that generation
 FINISH_PIXELS, FINISH_COLUMNS = 32, 128
 WIDE_FROM, FULL_FROM = 192, 0.77  # channels from which cuDNN's is faster, unless so much of our tiles is of use
 
@@ -76,7 +74,7 @@ def launch(
         if tile == HOPPER:
             y: Tensor = hopper.conv3x3(x, weight, bias, residual, stride, activation)
             return y
-        if tile == LIBRARY:
+        if tile == LIBRARY:  # and a kernel for what follows it
             dense = weight.contiguous(memory_format=torch.channels_last)
             return _finished(F.conv2d(x, dense, None, stride, 1), bias, residual, activation)
         out = empty_map(x, weight, stride)
@@ -84,7 +82,7 @@ def launch(
         return out
 
     tiles = that_fit(candidates(pixels, columns, channels, stride), x.element_size(), x.device)
-    served = is_large(pixels, columns) and hopper.serves(x, weight, bias, residual, activation)
+    served = is_large(pixels, columns) and hopper.serves(x, weight, None, bias, residual, activation)
     if served:
         tiles.insert(0, HOPPER)
     key = ("conv3x3", pixels, columns, channels, stride, x.dtype, activation, residual is None, served, x.device)
@@ -102,12 +100,8 @@ def float8_candidates(pixels: int, columns: int) -> list[Tile]:
 @triton_op("mambavision::conv3x3_float8", mutates_args=())
 def conv3x3_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Like `conv3x3`, of 8-bit numbers and to such."""
-    if _by_hopper_kernel(x, weight, bias, None, activation):
-        rounded: Tensor = hopper.conv3x3_float8(x, weight, scale, bias, activation)
-        return rounded
-    out = empty_map(x, weight)
-    launch_float8(x, weight, scale, bias, None, out, None, activation)
-    return out
+    _, rounded = _float8(x, weight, scale, bias, None, activation)
+    return rounded
 
 
 @triton_op("mambavision::conv3x3_float8_add", mutates_args=())
@@ -115,16 +109,37 @@ def conv3x3_float8_add(
     x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor, activation: str
 ) -> tuple[Tensor, Tensor]:
     """The sum in the type of the residual, and in 8 bits."""
-    if _by_hopper_kernel(x, weight, bias, residual, activation):
-        both: tuple[Tensor, Tensor] = hopper.conv3x3_float8_add(x, weight, scale, bias, residual, activation)
-        return both
-    out, copy = empty_map(x, weight, dtype=residual.dtype), empty_map(x, weight)
-    launch_float8(x, weight, scale, bias, residual, out, copy, activation)
-    return out, copy
+    total, rounded = _float8(x, weight, scale, bias, residual, activation)
+    assert total is not None
+    return total, rounded
 
 
-def _by_hopper_kernel(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, activation: str) -> bool:
-    return is_large(x.numel() // x.shape[1], len(weight)) and hopper.serves(x, weight, bias, residual, activation)
+def _float8(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, residual: Tensor | None, activation: str
+) -> tuple[Tensor | None, Tensor]:
+    """With a tile chosen for the shape; the sum in the residual's type, where there is one, and in 8 bits."""
+    batch, channels, height, width = x.shape
+    columns, pixels = len(weight), batch * height * width
+
+    def run(tile: Tile) -> tuple[Tensor | None, Tensor]:
+        if tile == HOPPER and residual is None:
+            return None, hopper.conv3x3_float8(x, weight, scale, bias, activation)
+        if tile == HOPPER:
+            both: tuple[Tensor, Tensor] = hopper.conv3x3_float8_add(x, weight, scale, bias, residual, activation)
+            return both
+        rounded = empty_map(x, weight)
+        total = None if residual is None else empty_map(x, weight, dtype=residual.dtype)
+        out, copy = (rounded, None) if total is None else (total, rounded)
+        launch_float8(x, weight, scale, bias, residual, out, copy, activation, tile)
+        return total, rounded
+
+    tiles = that_fit(float8_candidates(pixels, columns), 1, x.device)
+    served = is_large(pixels, columns) and hopper.serves(x, weight, scale, bias, residual, activation)
+    if served:
+        tiles.insert(0, HOPPER)
+    wide = None if residual is None else residual.dtype
+    key = ("conv3x3_float8", pixels, columns, channels, wide, activation, served, x.device)
+    return run(choose(key, tiles, run))
 
 
 def launch_float8(
@@ -136,20 +151,12 @@ def launch_float8(
     out: Tensor,
     copy: Tensor | None,
     activation: str,
-    tile: Tile | None = None,
+    tile: Tile,
 ) -> None:
-    """Fill `out`, and `copy` where it is given, with a tile chosen for the shape or given."""
-    if out.numel() == 0:
-        return
-    x, weight, residual = laid_out(x, weight, residual)
-    columns = out.shape[1]
-    pixels = out.numel() // columns
-
-    def run(tile: Tile) -> None:
+    """Fill `out`, and `copy` where it is given, by the Triton kernel."""
+    if out.numel():
+        x, weight, residual = laid_out(x, weight, residual)
         _launch_kernel(tile, x, weight, scale, bias, residual, out, copy, 1, activation)
-
-    key = ("conv3x3_float8", pixels, columns, x.shape[1], out.dtype, activation, residual is None, x.device)
-    run(tile or choose(key, that_fit(float8_candidates(pixels, columns), 1, x.device), run))
 
 
 def _launch_kernel(

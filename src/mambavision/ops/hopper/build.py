@@ -36,7 +36,7 @@ def checked(result: tuple[Any, ...]) -> Any:
 
 
 def multiply_add(n: int, kind: str) -> str:
-    """The function `wgmma` of `kernel.cu` for n columns of `bf16`, `f16` or `e4m3`: C++ wants each register named."""
+    """The function `wgmma` of `product.cu` for n columns of `bf16`, `f16` or `e4m3`: C++ wants each register named."""
     count = n // 2
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
@@ -53,11 +53,11 @@ __device__ __forceinline__ void wgmma(
 
 
 def source(defined: Definitions) -> str:
-    """`kernel.cu` with its constants and the function that it asks for."""
+    """`product.cu` with its constants and the function that it asks for."""
     values = dict(defined)
     kind = "e4m3" if values["FLOAT8"] else "bf16" if values["BFLOAT16"] else "f16"
     lines = [f"#define {name} {value}" for name, value in defined]
-    kernel = (files(__package__) / "kernel.cu").read_text(encoding="utf-8")
+    kernel = (files(__package__) / "product.cu").read_text(encoding="utf-8")
     return "\n".join([*lines, multiply_add(values["N"], kind), kernel])
 
 
@@ -73,13 +73,13 @@ def compiled(text: str) -> bytes:
     if found is not None:
         with open(found, "rb") as file:
             return file.read()
-    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"product.cu", 0, [], []))
     try:
         status, *_ = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), [option.encode() for option in OPTIONS])
         if int(status):
             log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
             checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"CUDA's compiler refuses kernel.cu:\n{log.rstrip(bytes(1)).decode()}")
+            raise RuntimeError(f"CUDA's compiler refuses product.cu:\n{log.rstrip(bytes(1)).decode()}")
         code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
         checked(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
@@ -107,11 +107,11 @@ def on(device: int) -> Iterator[None]:
 
 @cache
 def kernel(defined: Definitions, shared_bytes: int, device: int) -> Any:
-    """The function `conv3x3` with its constants, loaded on a GPU."""
+    """The function `product` with its constants, loaded on a GPU."""
     code = compiled(source(defined))
     with on(device):
         module = checked(driver.cuModuleLoadData(code))
-        function = checked(driver.cuModuleGetFunction(module, b"conv3x3"))
+        function = checked(driver.cuModuleGetFunction(module, b"product"))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return function

@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mambavision.ops import launch
-from mambavision.ops.conv3x3.layout import empty_map, laid_out
 from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, Plan, definitions, linear_plan, plan
+from mambavision.ops.map_layout import empty_map, laid_out
 
-# Where the copies take longer than the products: with fewer columns, or with channels that leave more of the lines that
-# are copied empty than a seventh and a quarter.
+# Where the copies take longer than the products: with fewer columns, or where the lines that are copied are so much
+# longer than the channels.
 LEAST_COLUMNS, MOST_COPIED = 112, 1.4
 BYTES = 16  # where a copy may start, and from pixel to pixel, are multiples of so many
 MOST_PIXELS = 2**31 - 2**20  # of a map; they are counted in 32 bits, to the end of the last tile
-FLOAT8 = torch.float8_e4m3fn
+WIDE, FLOAT8 = (torch.bfloat16, torch.float16), torch.float8_e4m3fn
 
 
 @cache
@@ -41,14 +41,15 @@ def fault(device: int) -> str | None:
     return reason
 
 
-def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> bool:
+def serves(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: str
+) -> bool:
     """Whether the product of a map or rows, on whatever device, should be computed here, if it is a large one."""
     columns, channels = weight.shape[:2]
     bytes_of_pixel = channels * x.element_size()
     return (
         x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16, FLOAT8)
-        and _types_fit(x, weight, bias, residual)
+        and _types_fit(x, weight, scale, bias, residual)
         and activation in ACTIVATIONS
         and columns >= LEAST_COLUMNS
         and columns % UNIT == 0
@@ -59,13 +60,12 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
     )
 
 
-def _types_fit(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> bool:
-    wide = (torch.bfloat16, torch.float16) if x.dtype == FLOAT8 else (x.dtype,)
-    return (
-        weight.dtype == x.dtype
-        and (bias is None or bias.dtype == (torch.float32 if x.dtype == FLOAT8 else x.dtype))
-        and (residual is None or residual.dtype in wide)
-    )
+def _types_fit(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> bool:
+    """Whether the kernel reads the operands as what they are; 8 bits come with scale and bias."""
+    types = [None if tensor is None else tensor.dtype for tensor in (weight, scale, bias, residual)]
+    if x.dtype == FLOAT8:
+        return types[:3] == [FLOAT8, torch.float32, torch.float32] and types[3] in (None, *WIDE)
+    return x.dtype in WIDE and types[:2] == [x.dtype, None] and all(kind in (None, x.dtype) for kind in types[2:])
 
 
 @custom_op("mambavision::conv3x3_hopper", mutates_args=())
@@ -158,8 +158,8 @@ def _fill(
     cut: Plan | None = None,
 ) -> None:
     """Compute `out` and `copy`, its numbers in 8 bits, where they are given."""
-    if not _types_fit(x, weight, bias, residual):  # as it would read them as what they are not
-        raise TypeError("weight, bias and residual must be of the map's type, or fit its 8 bits.")
+    if not _types_fit(x, weight, scale, bias, residual) or (copy is None) == (x.dtype == FLOAT8):
+        raise TypeError("weight, bias and residual must be of the map's type; scale and bias of 8 bits, float32.")
     from mambavision.ops.hopper import build
 
     x, weight, residual = laid_out(x, weight, residual)
@@ -185,7 +185,7 @@ def _fill(
     )
     compiled = partial(build.kernel, defined, cut.shared_bytes, x.device.index)
     if launch.is_precompiling():
-        launch.note(("conv3x3_hopper", defined, x.device), compiled)
+        launch.note(("hopper", defined, x.device), compiled)
         return
     pixels = result.numel() // columns
     items = -(-columns // cut.n) * -(-pixels // (cut.rows * CLUSTER))

@@ -15,17 +15,18 @@ ALIGNMENT = 1024  # bytes that the stages start at a multiple of
 BARRIERS = 1024  # bytes that are left to the stages' barriers
 MOST_STAGES = 8
 UNIT = 8  # columns, of which a tile has a multiple
-# Of linear layers: tiles of so many columns are compared, and what a tile costs beside its columns, in columns. With
-# few steps a tile, how it is finished counts: then the narrowest, which has the most stages, is the fastest.
+# Of linear layers: tiles of so many columns are compared, of equally good ones the first is taken; and what a tile
+# costs beside its columns, in columns. With few inner columns how a tile is finished counts: then narrow ones, which
+# have more stages, are faster.
 CUTS, COST_OF_A_TILE = (192, 176, 160, 144, 128), 16
-FEW_STEPS = 768  # inner columns
+FEW_INNER, NARROW = 768, 128
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu_tanh": 2}
 
 Definitions = tuple[tuple[str, int], ...]
 
 
 class Plan(NamedTuple):
-    """How a product is cut; names as in `kernel.cu`.
+    """How a product is cut; names as in `product.cu`.
 
     Attributes:
         n: columns of a tile.
@@ -65,28 +66,36 @@ def plan(columns: int) -> Plan:
     if columns % 256 == 0:
         n, teams, members, parts = 256, 1, 2, 1
     else:
-        tiles = -(-columns // WIDEST_TURNS)
-        n, teams, members, parts = -(-columns // (tiles * UNIT)) * UNIT, 2, 1, 2
+        n, teams, members, parts = _even(columns, WIDEST_TURNS), 2, 1, 2
     return _staged(n, teams, members, parts)
 
 
 def linear_plan(rows: int, columns: int, inner: int, processors: int) -> Plan:
-    """The cut of a linear layer, which leaves as few processors as can be without work in its last round.
+    """The cut of a linear layer, by the time that its rounds of tiles take.
 
     Args:
         rows: of the left matrix.
         columns: of the result.
         inner: columns of the left matrix.
-        processors: of the GPU.
+        processors: of the GPU, an even number.
     """
-    if columns < CUTS[0]:
+    if columns <= WIDEST_TURNS:
         return plan(columns)
+    if inner < FEW_INNER:
+        return _staged(_even(columns, NARROW), teams=2, members=1, parts=2)
+    cuts = [_staged(n, teams=2, members=1, parts=2) for n in CUTS]
 
-    def cost(n: int) -> int:
-        clusters = -(-rows // (128 * CLUSTER)) * -(-columns // n)
-        return -(-clusters // (processors // CLUSTER)) * (n + COST_OF_A_TILE)
+    def cost(cut: Plan) -> int:
+        items = -(-rows // (cut.rows * CLUSTER)) * -(-columns // cut.n)
+        return -(-items // (processors // CLUSTER)) * (cut.n + COST_OF_A_TILE)
 
-    return _staged(CUTS[-1] if inner < FEW_STEPS else min(CUTS, key=cost), teams=2, members=1, parts=2)
+    return min(cuts, key=cost)
+
+
+def _even(columns: int, most: int) -> int:
+    """Columns of tiles as equal as multiples of 8 can be, of which none has more than so many."""
+    tiles = -(-columns // most)
+    return -(-columns // (tiles * UNIT)) * UNIT
 
 
 def _staged(n: int, teams: int, members: int, parts: int) -> Plan:
@@ -105,13 +114,13 @@ def definitions(
     *,
     dtype: torch.dtype,
     out_dtype: torch.dtype,
-    stride: int = 1,
-    size: int = 3,
+    stride: int,
+    size: int,
     bias: bool,
     residual: bool,
     activation: str,
 ) -> Definitions:
-    """The constants of `kernel.cu`.
+    """The constants of `product.cu`.
 
     Args:
         cut: of the product.

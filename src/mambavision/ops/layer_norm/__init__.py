@@ -59,7 +59,7 @@ def layer_norm_and_sum(x: Tensor, shift: Tensor, *, eps: float, backend: str = "
 
     Args:
         x: (..., channels).
-        shift: (channels,), of the type of x.
+        shift: (channels,), of any floating type.
         eps: added to the variance.
         backend: `auto`, or the name of one of `SUM_BACKENDS`.
 

@@ -13,5 +13,5 @@ def layer_norm_reference(x: Tensor, offset: Tensor | None, eps: float) -> Tensor
 
 
 def layer_norm_and_sum_reference(x: Tensor, shift: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Arguments and result as in `mambavision.ops.layer_norm`."""
-    return layer_norm_reference(x, None, eps), x + shift
+    """Arguments and results as in `mambavision.ops.layer_norm.layer_norm_and_sum`."""
+    return layer_norm_reference(x, None, eps), (x + shift).to(x.dtype)

@@ -12,11 +12,9 @@ from torch.library import triton_op
 from mambavision.ops.hopper import cuda_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.linear.kernels import linear_kernel
-from mambavision.ops.tiles import Tile, choose, common_unit, is_large, small_tiles, that_fit
+from mambavision.ops.tiles import HOPPER, LIBRARY, Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 GROUP = 8
-# With nothing around the product but bias and GELU: the library's, and the kernel for that generation.
-LIBRARY, HOPPER = Tile(0, 0, 0, 0, 0), Tile(0, 0, 0, 0, 1)
 
 
 def candidates(rows: int, columns: int) -> list[Tile]:
@@ -55,16 +53,20 @@ def linear(
         return out
 
     tiles = that_fit(candidates(rows, columns), x.element_size(), x.device)
-    plain = x.is_cuda and weight_sum is None and residual is None and activation == "gelu_tanh"
-    by_library = plain and bias is not None and bias.dtype == x.dtype
+    plain = weight_sum is None and residual is None and activation == "gelu_tanh"  # which libraries have at the end
+    by_library = plain and _on_gpu(x) and bias is not None and bias.dtype == x.dtype
     if by_library:
         tiles.insert(0, LIBRARY)
-    served = plain and is_large(rows, columns) and hopper.serves(x, weight, bias, None, activation)
+    served = plain and is_large(rows, columns) and hopper.serves(x, weight, None, bias, None, activation)
     if served:
         tiles.insert(0, HOPPER)
     without = tuple(each is None for each in (weight_sum, bias, residual))
     key = ("linear", rows, columns, inner, x.dtype, activation, without, by_library, served, x.device)
     return run(choose(key, tiles, run))
+
+
+def _on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def launch(

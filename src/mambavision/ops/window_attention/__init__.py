@@ -8,8 +8,8 @@ from torch import Tensor
 from mambavision.ops.backend import Backend, Situation, refuse_16_bit_kernels, select
 from mambavision.ops.window_attention.reference import SHORT_LENGTH, TRAINING_BACKENDS, window_attention_sdpa
 
-# Tokens and width of a head up to which the kernels were measured to be the fastest; without gradients, in windows of
-# up to SHORT_LENGTH tokens, also with wider heads.
+# Tokens and width of a head up to which the kernels were measured to be the fastest, forward and backward; without
+# gradients, in windows of up to SHORT_LENGTH tokens, also with wider heads.
 MOST_TOKENS, WIDEST_HEAD, WIDEST_SHORT_HEAD = 256, 64, 128
 
 

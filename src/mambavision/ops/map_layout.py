@@ -1,4 +1,4 @@
-"""The operands of the convolution's kernels as they read them, and the map that they fill."""
+"""Maps and weights as the kernels of convolutions and products read them, and the map that they fill."""
 
 from __future__ import annotations
 

@@ -8,18 +8,19 @@
 // threads finishes a tile while the other multiplies the next.
 //
 // A block of threads lives as long as the grid and walks over the tiles. One thread only starts copies into a ring of
-// STAGES: each is CHUNK channels of one tap of ROWS pixels, zeros beyond the map, and of N rows of the weight. Each team
-// of MEMBERS x 128 threads multiplies what comes, and with TEAMS = 2 they take tiles in turn. What limits all this is
-// what comes from the second-level cache. So the two blocks of a cluster take neighbouring pixels of the same columns,
-// and each loads every other stage's weights for both.
+// STAGES: each is CHUNK channels of one tap of ROWS pixels, zeros beyond the map, and of N rows of the weight. Each
+// team of MEMBERS x 128 threads multiplies what comes, and with TEAMS = 2 they take tiles in turn. What limits all this
+// is what comes from the second-level cache. So the two blocks of a cluster take neighbouring pixels of the same
+// columns, and each loads every other stage's weights for both.
 //
 // With FLOAT8 the operands have 8 bits, their product has a scale for each column, and what comes out is rounded to 8
 // bits too: `copy`. Then `out`, in 16 bits, is written with a residual only, which has that type.
 //
-// Constants that the host defines: COLUMNS of the result; CHANNELS of the map; SIZE, 3 or, for linear layers, 1; STRIDE; FLOAT8; BFLOAT16, whether the 16
-// bits are those; HAS_BIAS; HAS_RESIDUAL; ACTIVATION, 0 none, 1 ReLU, 2 GELU by tanh; N, columns of a tile, a multiple of
-// 8; TEAMS; MEMBERS; PARTS, products of 64 rows that a thread takes part in; STAGES; CLUSTER; LINE, bytes that a copy
-// brings of a row, which are swizzled. And the function `wgmma`, sums (64, N) += left (64, STEP) right (STEP, N).
+// Constants that the host defines: COLUMNS of the result; CHANNELS of the map; SIZE, 3 or, for linear layers, 1;
+// STRIDE; FLOAT8; BFLOAT16, whether the 16 bits are those; HAS_BIAS, always with FLOAT8; HAS_RESIDUAL; ACTIVATION,
+// 0 none, 1 ReLU, 2 GELU by tanh; N, columns of a tile, a multiple of 8; TEAMS; MEMBERS; PARTS, products of 64 rows
+// that a thread takes part in; STAGES; CLUSTER; LINE, bytes that a copy brings of a row, which are swizzled. And the
+// function `wgmma`, sums (64, N) += left (64, STEP) right (STEP, N).
 //
 // Source: NVIDIA, "Parallel Thread Execution ISA", sections on wgmma, cp.async.bulk.tensor and mbarrier. Taking turns:
 // Shah et al., "FlashAttention-3" (arXiv 2407.08608), section 3.1.
@@ -38,6 +39,7 @@ constexpr int GROUPS = TEAMS * MEMBERS;                                  // of 1
 constexpr int ROWS = 64 * MEMBERS * PARTS;
 constexpr u32 LEFT_BYTES = ROWS * LINE, RIGHT_BYTES = N * LINE;
 constexpr u32 STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
+static_assert(LINE == 128, "the swizzle, and how the matrix unit finds an operand, are those for 128 bytes");
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle repeats every 1,024 bytes");
 
 __device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
@@ -139,7 +141,8 @@ __device__ __forceinline__ float activated(float v) {
 #if ACTIVATION == 1
   return v < 0.f ? 0.f : v;  // which keeps NaN
 #elif ACTIVATION == 2 && (FLOAT8 || BFLOAT16)
-  // The unit's tanh is off by up to 2^-11 of its size, an eighth of what rounding to bfloat16 takes.
+  // The unit's tanh is off by up to 2^-11 of its size, and so this by up to |v| 2^-12: of a positive v's result an
+  // eighth of what rounding to bfloat16 takes, of a negative one's, which is small, more.
   float curve, half = 0.5f * v;
   asm("tanh.approx.f32 %0, %1;" : "=f"(curve) : "f"(v * (0.7978845608028654f + 0.035677406412766f * v * v)));
   return half + half * curve;
@@ -268,7 +271,7 @@ __device__ __forceinline__ void finish(
 }
 
 // Grid: blocks that the GPU holds at once, or fewer. `items`: pairs of tiles, one for each block of a cluster.
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1) conv3x3(
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1) product(
     const __grid_constant__ TensorMap x_map,       // (batch, height, width, CHANNELS)
     const __grid_constant__ TensorMap weight_map,  // (COLUMNS, TAPS, CHANNELS)
     const float* scale,                            // (COLUMNS,), with FLOAT8
@@ -307,7 +310,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
 #if HAS_RESIDUAL
         int many = (pixels - pixel < ROWS ? pixels - pixel : ROWS) * COLUMNS * 2;  // bytes needed at the tile's end
         if (many > 0 && item % TILES == 0)  // for all tiles of these pixels
-          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual + (u64)pixel * COLUMNS / 2), "r"(many));
+          asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual + (u64)pixel * COLUMNS / 2),
+                       "r"(many));
 #endif
         for (int tap = 0; tap < TAPS; ++tap)
           for (int chunk = 0; chunk < CHUNKS; ++chunk) {
@@ -345,7 +349,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
         left += member * PARTS * 64 * LINE;
         barrier_wait(full + 8 * stage, phase);
         if (chunk < CHUNKS - 1)
-          multiply<4>(sums, left, right, tap + chunk);
+          multiply<LINE / 32>(sums, left, right, tap + chunk);
         else
           multiply<LAST_STEPS>(sums, left, right, tap + chunk);
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
