@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mambavision.ops import launch
-from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, Plan, definitions, linear_plan, plan
+from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, definitions, linear_plan, plan
 from mambavision.ops.map_layout import empty_map, laid_out
 
 # Where the copies take longer than the products: with fewer columns, or where the lines that are copied are so much
@@ -33,7 +33,7 @@ def fault(device: int) -> str | None:
         build.try_out(device)
     except ImportError:
         reason = "cuda-bindings is not installed (pip install cuda-bindings)"
-    except Exception as error:  # whatever it is, the kernel in Triton needs nothing of it
+    except Exception as error:  # whatever it is, the other kernels need nothing of it
         reason = f"{type(error).__name__}: {error}"
     else:
         return None
@@ -89,8 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
     rows = x.reshape(-1, inner)  # as a map of one row, and its result likewise
     as_map = rows.view(1, 1, len(rows), inner).permute(0, 3, 1, 2)
     result = out.view(1, 1, len(rows), columns).permute(0, 3, 1, 2)
-    cut = linear_plan(len(rows), columns, inner, _processors(x.device.index))
-    _fill(result, None, as_map, weight[:, :, None, None], None, bias, None, 1, activation, cut)
+    _fill(result, None, as_map, weight[:, :, None, None], None, bias, None, 1, activation)
     return out
 
 
@@ -155,7 +154,6 @@ def _fill(
     residual: Tensor | None,
     stride: int,
     activation: str,
-    cut: Plan | None = None,
 ) -> None:
     """Compute `out` and `copy`, its numbers in 8 bits, where they are given."""
     if not _types_fit(x, weight, scale, bias, residual) or (copy is None) == (x.dtype == FLOAT8):
@@ -170,7 +168,9 @@ def _fill(
     batch, _, height, width = x.shape
     result = copy if out is None else out
     assert result is not None
-    cut = plan(columns) if cut is None else cut
+    pixels = result.numel() // columns
+    processors = _processors(x.device.index)
+    cut = linear_plan(pixels, columns, channels, processors) if size == 1 else plan(columns)
     defined = definitions(
         cut,
         columns,
@@ -187,9 +187,8 @@ def _fill(
     if launch.is_precompiling():
         launch.note(("hopper", defined, x.device), compiled)
         return
-    pixels = result.numel() // columns
     items = -(-columns // cut.n) * -(-pixels // (cut.rows * CLUSTER))
-    clusters = min(_processors(x.device.index) // CLUSTER, items)
+    clusters = min(processors // CLUSTER, items)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     sizes, strides = (channels, width, height, batch), (x.stride(3), x.stride(2), x.stride(0))
     others = [None if tensor is None else tensor.data_ptr() for tensor in (scale, bias, residual, out, copy)]

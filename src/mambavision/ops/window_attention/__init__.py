@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from mambavision.ops.backend import Backend, Situation, refuse_16_bit_kernels, select
-from mambavision.ops.window_attention.reference import SHORT_LENGTH, TRAINING_BACKENDS, window_attention_sdpa
+from mambavision.ops.window_attention.reference import TRAINING_BACKENDS, window_attention_sdpa
 
-# Tokens and width of a head up to which the kernels were measured to be the fastest, forward and backward; without
-# gradients, in windows of up to SHORT_LENGTH tokens, also with wider heads.
-MOST_TOKENS, WIDEST_HEAD, WIDEST_SHORT_HEAD = 256, 64, 128
+# Tokens and width of a head up to which the kernels were measured to be the fastest, forward and backward; and the same
+# without gradients, where in longer windows cuDNN's is as fast.
+MOST_TOKENS, WIDEST_HEAD = 256, 64
+SHORT_WINDOW, WIDEST_SHORT_HEAD = 64, 128
 
 
 def _triton(qkv: Tensor, num_heads: int, dropout: float, scale: float) -> Tensor:  # noqa: ARG001  (refused beforehand)
@@ -26,7 +27,7 @@ def _refuse_triton(situation: Situation) -> str | None:
         return fault
     if situation.length > MOST_TOKENS:
         return f"its kernels are for windows of at most {MOST_TOKENS} tokens, not {situation.length}"
-    short = situation.length <= SHORT_LENGTH and not situation.differentiated
+    short = situation.length <= SHORT_WINDOW and not situation.differentiated
     widest = WIDEST_SHORT_HEAD if short else WIDEST_HEAD
     if situation.width > widest:
         return f"its kernels are for heads of at most {widest} channels, not {situation.width}"
@@ -69,4 +70,4 @@ def window_attention(
     return attend(qkv, num_heads, dropout, width**-0.5 if scale is None else scale)
 
 
-__all__ = ["BACKENDS", "SHORT_LENGTH", "TRAINING_BACKENDS", "window_attention"]
+__all__ = ["BACKENDS", "SHORT_WINDOW", "TRAINING_BACKENDS", "window_attention"]
