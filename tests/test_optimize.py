@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -181,6 +182,25 @@ def test_graphs_are_for_shapes_that_come_again(monkeypatch):
     assert len(runner._calls) == MAX_REMEMBERED
 
 
+def test_graphs_take_pictures_as_they_lie(monkeypatch):
+    """Channels-last ones are recorded for themselves; views are made dense."""
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    usual = torch.zeros(2, 3, 8, 8)
+    last = usual.contiguous(memory_format=torch.channels_last)
+    preserving = GraphRunner(dtype=torch.bfloat16, memory_format=torch.preserve_format)
+    for x, layout in (
+        (usual, torch.contiguous_format),
+        (last, torch.channels_last),
+        (usual[..., ::2], torch.contiguous_format),
+        (last[:, :, 1:], torch.contiguous_format),
+        (torch.zeros(4), torch.contiguous_format),
+    ):
+        seen = preserving._run_once(lambda tensor: tensor, x, new=False)
+        assert seen.dtype == torch.bfloat16
+        assert seen.is_contiguous(memory_format=layout)
+    assert GraphRunner(dtype=torch.bfloat16, memory_format=torch.channels_last)._layout(usual) == torch.channels_last
+
+
 def test_copies_have_no_graphs():
     network = with_kernels(trained().eval())
     images = torch.randn(1, 3, 64, 64)
@@ -304,9 +324,13 @@ def test_graphs_are_replayed_for_new_pictures_and_bounded_in_number():
         late = torch.randn(MAX_GRAPHS + 3, 3, 64, 64, device="cuda")
         for _ in range(REPLACING_AT):
             assert difference(network(late), model(late)) < 3e-2
-        assert (tuple(late.shape), late.device) in network.graphs._recorded
+        assert (tuple(late.shape), torch.contiguous_format, late.device) in network.graphs._recorded
         assert len(network.graphs._recorded) == MAX_GRAPHS
         assert network(images[0][:0]).shape == (0, model.num_classes)
+        for _ in range(REPLACING_AT):
+            assert difference(network(late.contiguous(memory_format=torch.channels_last)), model(late)) < 3e-2
+        layouts = [key[1] for key in network.graphs._recorded if key[0] == tuple(late.shape)]
+        assert layouts == [torch.contiguous_format, torch.channels_last]
 
 
 @pytest.mark.gpu

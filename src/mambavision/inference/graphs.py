@@ -33,7 +33,7 @@ class GraphRunner:
 
     Args:
         dtype: of the tensor that the function sees; what comes is cast.
-        memory_format: likewise.
+        memory_format: likewise; with `torch.preserve_format`, channels-last where x is, else contiguous.
     """
 
     def __init__(self, *, dtype: torch.dtype, memory_format: torch.memory_format = torch.contiguous_format) -> None:
@@ -46,7 +46,7 @@ class GraphRunner:
 
     def run(self, function: Callable[[Tensor], Any], x: Tensor) -> Any:
         """What `function`, always the same, makes of x: a tensor or a list of tensors."""
-        key = (tuple(x.shape), x.device)
+        key = (tuple(x.shape), self._layout(x), x.device)
         with self._turn:
             recorded = self._recorded.get(key)
             if recorded is None:
@@ -74,6 +74,13 @@ class GraphRunner:
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty_runner, (self.dtype, self.memory_format)
 
+    def _layout(self, x: Tensor) -> torch.memory_format:
+        """In which the function sees x."""
+        if self.memory_format != torch.preserve_format:
+            return self.memory_format
+        channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+        return torch.channels_last if channels_last else torch.contiguous_format
+
     def _count(self, key: Hashable) -> int:
         """How often a shape without a graph has come, this call included."""
         self._calls[key] = self._calls.pop(key, 0) + 1  # behind all others
@@ -83,7 +90,7 @@ class GraphRunner:
 
     def _run_once(self, function: Callable[[Tensor], Any], x: Tensor, *, new: bool) -> Any:
         with torch.cuda.device(x.device), torch.no_grad():
-            x = x.to(dtype=self.dtype, memory_format=self.memory_format)
+            x = x.to(dtype=self.dtype, memory_format=self._layout(x))
             if new:
                 with precompiling():
                     function(x)
@@ -92,7 +99,7 @@ class GraphRunner:
     def _record(self, function: Callable[[Tensor], Any], x: Tensor) -> _Recorded:
         # Not under inference_mode, whose tensors could not be written to outside of it.
         with torch.cuda.device(x.device), torch.inference_mode(False), torch.no_grad():
-            static = torch.empty(x.shape, dtype=self.dtype, device=x.device, memory_format=self.memory_format)
+            static = torch.empty(x.shape, dtype=self.dtype, device=x.device, memory_format=self._layout(x))
             static.copy_(x)
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())

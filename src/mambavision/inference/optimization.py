@@ -93,7 +93,7 @@ def finished(fused: MambaVisionBackbone, *, dtype: torch.dtype, tune: bool) -> M
     optimized = _of_kind(fused, _OptimizedClassifier, _OptimizedBackbone, dtype)
     optimized.tune_kernels = tune
     # The stem's kernel reads pictures as they come; PyTorch's own convolutions want channels-last.
-    layout = torch.contiguous_format if isinstance(fused.patch_embed, KernelStem) else torch.channels_last
+    layout = torch.preserve_format if isinstance(fused.patch_embed, KernelStem) else torch.channels_last
     optimized.graphs = GraphRunner(dtype=dtype, memory_format=layout)
     return optimized
 

@@ -20,7 +20,7 @@ from mambavision.ops.selective_scan import kernels
 # Windows of 14 x 14 and 7 x 7 tokens are walked a seventh faster by 7.
 GROUPS = (8, 7)
 SAVED_GROUP = 4  # the same in training: the states before each such group are saved for the backward
-AHEAD = 16  # chunks whose loads `stitch_kernel` issues together
+AHEAD = 32  # chunks whose loads `stitch_kernel` issues together, at most
 STITCH_BLOCK = 128
 WARP = 32
 MIN_CHUNK = 16  # tokens; shorter chunks cost more in stitching than they gain in walking side by side
@@ -218,8 +218,9 @@ def _stitch(A: Tensor, ends: Tensor, sums: Tensor, *, reverse: bool) -> Tensor:
     """The state that enters each chunk, (batch, chunks, state, channels)."""
     batch, chunks, state, channels = ends.shape
     entering = torch.empty_like(ends)
+    ahead = min(AHEAD, triton.next_power_of_2(chunks))
     launcher(kernels.stitch_kernel)[(triton.cdiv(state * channels, STITCH_BLOCK), batch)](
-        A, ends, sums, entering, chunks, channels, N=state, BLOCK=STITCH_BLOCK, AHEAD=AHEAD, REVERSE=reverse
+        A, ends, sums, entering, chunks, channels, N=state, BLOCK=STITCH_BLOCK, AHEAD=ahead, REVERSE=reverse
     )
     return entering
 

@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["batch"])
 def stem_kernel(
     x,  # (batch, IN, height, width), any strides
-    weight1,  # (MIDDLE, IN, 3, 3)
+    weight1,  # (MIDDLE, 3, 3, IN)
     bias1,  # (MIDDLE,)
     weight2,  # (columns, 3, 3, MIDDLE)
     bias2,  # (columns,)
@@ -47,9 +47,9 @@ def stem_kernel(
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
 
     part = tl.arange(0, PATCH)
-    colour = part // 9  # (colour, row, column) of the patch, as the weights lie
-    part_row = part % 9 // 3 - 1
-    part_column = part % 3 - 1
+    colour = part % IN  # (row, column, colour) of the patch, as the weights lie
+    part_row = part // (3 * IN) - 1
+    part_column = part // IN % 3 - 1
     middle = tl.arange(0, MIDDLE)
     first = tl.load(weight1 + middle[None, :] * (9 * IN) + part[:, None], mask=(part < 9 * IN)[:, None], other=0.0)
     shift = tl.load(bias1 + middle).to(tl.float32)
@@ -63,7 +63,7 @@ def stem_kernel(
         # Pixels along the lanes of a warp, since neighbours share cache lines: (PATCH, BLOCK_M).
         row = y[None, :] * STRIDE1 + part_row[:, None]
         col = z[None, :] * STRIDE1 + part_column[:, None]
-        there = inside[None, :] & (row >= 0) & (row < height) & (col >= 0) & (col < width) & (colour < IN)[:, None]
+        there = inside[None, :] & (row >= 0) & (row < height) & (col >= 0) & (col < width) & (part < 9 * IN)[:, None]
         at = image_at[None, :] + (colour[:, None] * x_colour + row * x_row + col * x_column)
         patch = tl.load(at, mask=there, other=0.0).to(first.dtype)
         hidden = tl.dot(tl.trans(patch), first) + shift[None, :]  # (BLOCK_M, MIDDLE)
@@ -80,7 +80,7 @@ def stem_kernel(
 @triton.jit(do_not_specialize=["batch"])
 def first_conv_kernel(
     x,  # (batch, IN, height, width), any strides
-    weight,  # (MIDDLE, IN, 3, 3)
+    weight,  # (MIDDLE, 3, 3, IN)
     bias,  # (MIDDLE,)
     out,  # (batch, out_height, out_width, MIDDLE)
     batch,
@@ -103,10 +103,10 @@ def first_conv_kernel(
     pixels = batch * out_height * out_width
     image = pixel // (out_height * out_width)
     part = tl.arange(0, PATCH)
-    colour = part // 9
-    row = (pixel // out_width % out_height * STRIDE)[None, :] + (part % 9 // 3 - 1)[:, None]
-    column = (pixel % out_width * STRIDE)[None, :] + (part % 3 - 1)[:, None]
-    there = (pixel < pixels)[None, :] & (colour < IN)[:, None]
+    colour = part % IN
+    row = (pixel // out_width % out_height * STRIDE)[None, :] + (part // (3 * IN) - 1)[:, None]
+    column = (pixel % out_width * STRIDE)[None, :] + (part // IN % 3 - 1)[:, None]
+    there = (pixel < pixels)[None, :] & (part < 9 * IN)[:, None]
     there = there & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     at = (x + image.to(tl.int64) * x_batch)[None, :] + (colour[:, None] * x_colour + row * x_row + column * x_column)
     middle = tl.arange(0, MIDDLE)

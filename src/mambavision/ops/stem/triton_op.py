@@ -28,7 +28,8 @@ def stem(
     pixels = batch * out_height * out_width
     if pixels == 0:
         return weight1.new_empty((batch, columns, out_height, out_width))
-    weight1, bias1, bias2 = weight1.contiguous(), bias1.contiguous(), bias2.contiguous()
+    weight1 = weight1.contiguous(memory_format=torch.channels_last)
+    bias1, bias2 = bias1.contiguous(), bias2.contiguous()
     patch = triton.next_power_of_2(9 * colours)
     if pixels >= TWO_STEPS_FROM:
         shape = (batch, middle, mid_height, mid_width)
