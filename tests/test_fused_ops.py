@@ -1,5 +1,7 @@
 """The ops of the inference path: each kernel against float64, on a GPU or interpreted, and each reference likewise."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -339,6 +341,24 @@ def test_a_choice_is_kept(monkeypatch):
     assert len(runs) == 2
     assert choose("key", candidates, runs.append) == candidates[1]
     assert len(runs) == 2
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="looks at what happens without a GPU's clock")
+def test_choices_are_bounded_and_made_by_the_thread_that_measures(monkeypatch):
+    from mambavision.ops import tiles
+
+    monkeypatch.setattr(tiles, "_chosen", {})
+    monkeypatch.setattr(tiles, "MAX_CHOSEN", 3)
+    monkeypatch.setattr(tiles, "_milliseconds", lambda _, tile: tile.rows)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    candidates = [Tile(64, 1, 1, 1, 1), Tile(32, 1, 1, 1, 1)]
+    with measuring():
+        for number in range(5):
+            assert choose(number, candidates, lambda _: None) == candidates[1]
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(choose, "new", candidates, lambda _: None).result() == candidates[0]
+    assert list(tiles._chosen) == [2, 3, 4]
+    assert choose("new", candidates, lambda _: None) == candidates[0]
 
 
 # --- what only a GPU shows --------------------------------------------------------------------------------------------

@@ -65,6 +65,58 @@ def test_more_pictures_than_a_host_holds_are_one_sentence(capsys, command, pictu
     )
 
 
+def test_what_fails_does_not_take_the_rest_along(capsys, monkeypatch):
+    def broken(model, **_):
+        def run(pictures):
+            raise RuntimeError("no compiler\nand pages of reasons")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert main(["benchmark", TINY, "--way", "eager", "compile", *QUICK, "--format=json"]) == 1
+    captured = capsys.readouterr()
+    assert [row["way"] for row in json.loads(captured.out)["rows"]] == ["eager"]
+    assert f"{TINY}, compile, float32, batch 1 could not be measured: RuntimeError: no compiler\n" in captured.err
+
+
+def test_an_interrupted_run_gives_what_is_done(capsys, monkeypatch, tmp_path):
+    def interrupted(subject, batch_size, **how):
+        if batch_size == 4:
+            raise KeyboardInterrupt
+        return measure(subject, batch_size, **how)
+
+    monkeypatch.setattr("mambavision.measure.timing.measure", interrupted)
+    plot = tmp_path / "speed.svg"
+    assert main(["benchmark", TINY, "--batch-size", "1", "2", "4", "8", f"--plot={plot}", *QUICK]) == 130
+    captured = capsys.readouterr()
+    assert captured.out.count(" GMACs") == 2
+    assert "Stopped; what follows was measured before." in captured.err
+    assert plot.exists()
+    monkeypatch.setattr("mambavision.measure.subjects.prepare", lambda *_, **__: interrupted(None, 4))
+    assert main(["benchmark", TINY, *QUICK]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_sizes_that_timms_models_fail_on_leave_the_rest(capsys):
+    pytest.importorskip("timm")
+    models = ["vit_tiny_patch16_224", "levit_128s", "convnext_atto"]
+    assert main(["benchmark", TINY, *models, "--img-size=8", "--device=cpu", "--seconds=0.01"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.count(" GMACs") == 1
+    for name in models:
+        assert captured.err.count(f"{name} does not take pictures of 8 x 8: ") == 1
+
+
+def test_attention_with_a_learned_query_is_counted():
+    pytest.importorskip("timm")
+    assert prepare("vit_base_patch16_siglip_224", way="eager", dtype="float32", device=CPU).macs > 17e9
+
+
+def test_counting_takes_no_memory_of_the_device():
+    """Nor the time of a pass in float32, which a large picture may not fit in."""
+    assert prepare(TINY, way="eager", dtype="float32", device=CPU, img_size=(2**16, 2**16)).macs > 10**12
+
+
 def test_other_errors_of_pytorch_are_no_lack_of_memory():
     def fails(_):
         raise RuntimeError("shapes cannot be multiplied")
@@ -190,6 +242,27 @@ def test_results_in_every_form(form, capsys):
         assert re.findall(r" (eager|fused) ", captured.out) == ["eager"] * 2 + ["fused"] * 2
         assert captured.out.count(" GMACs") == 4
         assert max(map(len, captured.out.splitlines())) <= 80
+
+
+def test_a_plot_replaces_no_file_unasked(tmp_path, capsys):
+    kept = tmp_path / "keep.png"
+    kept.write_text("mine")
+    assert main(["benchmark", TINY, f"--plot={kept}", *QUICK]) == 2
+    assert "exists; --overwrite replaces it, --plot names another" in capsys.readouterr().err
+    assert kept.read_text() == "mine"
+    assert main(["benchmark", TINY, f"--plot={kept}", "--overwrite", *QUICK]) == 0
+    with Image.open(kept) as picture:
+        assert min(picture.size) > 300
+    (tmp_path / "folder.png").mkdir()
+    assert main(["benchmark", TINY, f"--plot={tmp_path / 'folder.png'}", *QUICK]) == 2
+    assert "is a folder; name a file" in capsys.readouterr().err
+
+
+def test_nine_of_ten_passes_keep_the_90th_percentile(monkeypatch):
+    durations = iter([1.0] * 9 + [11.0])
+    monkeypatch.setattr("mambavision.measure.timing._time_on_host", lambda *_: next(durations))
+    found = measure(subject(lambda _: None), 1, seconds=1e-9)
+    assert 1e3 <= found.p90_ms <= 2.1e3
 
 
 def test_the_plot_is_a_picture(tmp_path, capsys):

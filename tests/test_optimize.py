@@ -11,6 +11,7 @@ import torch
 from deterministic_weights import deterministic_images
 from mambavision import create_model
 from mambavision.inference import gpu, optimize
+from mambavision.inference.cudnn import fastest_convolutions
 from mambavision.inference.fuse import fuse
 from mambavision.inference.graphs import MAX_GRAPHS, MAX_REMEMBERED, RECORDED_AT, REPLACING_AT, GraphRunner
 from mambavision.inference.images import read_image
@@ -96,6 +97,25 @@ def test_padded_heads_keep_the_scale_of_their_width(monkeypatch, length):
     found = kernels.last(kernels(kernels.first(x)))
     torch.testing.assert_close(found, attention(x))
     assert asked == ([{"num_heads": 2, "scale": 12**-0.5}] if length == 49 else [])
+
+
+def test_it_compiles_without_breaks(amount):
+    network = with_kernels(trained().eval())
+    images = torch.randn(2, 3, 70, 64)
+    with torch.no_grad():
+        compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+        assert difference(compiled(images), network(images)) < 1e-5
+
+
+def test_overlapping_calls_leave_cudnns_setting_as_it_was(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    first, second = fastest_convolutions(), fastest_convolutions()
+    with first:
+        second.__enter__()
+        assert torch.backends.cudnn.benchmark
+    assert torch.backends.cudnn.benchmark
+    second.__exit__(None, None, None)
+    assert not torch.backends.cudnn.benchmark
 
 
 def test_types_at_the_border_are_those_of_the_pictures():
@@ -300,6 +320,18 @@ def test_other_sizes_and_maps_are_right():
         for actual, expected in zip(network(images), model(images), strict=True):
             assert actual.shape == expected.shape
             assert difference(actual, expected) < 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, 64])
+def test_it_compiles_with_its_kernels(batch):
+    model = trained().eval().cuda()
+    network = optimize(model)
+    images = torch.randn(batch, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        compiled = torch.compile(network, fullgraph=True)(images)
+        assert difference(compiled, network(images)) < 1e-2
+        assert difference(compiled, model(images)) < 3e-2
 
 
 @pytest.mark.gpu

@@ -40,12 +40,12 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what} that is there")
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """UsageError when a file to write is there already and --overwrite was not given."""
+def check_free(path: Path, *, overwrite: bool, option: str = "--output") -> None:
+    """UsageError when a file to write, which `option` names, is there already and --overwrite was not given."""
     from mambavision.inference.images import printable
 
     if path.exists() and not overwrite:
-        raise UsageError(f"{printable(str(path))} exists; --overwrite replaces it, --output names another.")
+        raise UsageError(f"{printable(str(path))} exists; --overwrite replaces it, {option} names another.")
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:

@@ -12,9 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mambavision.cli.arguments import TYPES, UsageError, add_device, image_size, message_console, positive
+from mambavision.cli.arguments import (
+    TYPES,
+    UsageError,
+    add_device,
+    add_overwrite,
+    check_free,
+    image_size,
+    message_console,
+    positive,
+)
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
 
     from mambavision.measure.subjects import Subject
@@ -31,7 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mambavision benchmark",
         description="Time forward passes of networks with random weights. Compare what one run measured, not two runs.",
-        epilog="Every combination of models, ways, types and batch sizes is measured. "
+        epilog="Every combination of models, ways, types and batch sizes is measured; Ctrl-C ends with what is done. "
         "Exit code 1: some of them could not be, for lack of memory or where they do not run."
         f" {FLOAT8} is bfloat16 around its 8-bit convolutions, whatever --dtype says.",
     )
@@ -53,20 +63,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=2.0, metavar="S", help="for each measurement (default: 2)")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table", help="default: table")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s over batch size (PNG, SVG or PDF)")
+    add_overwrite(parser, "a plot")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; 1 when something did not fit into memory."""
+    """Run the command; 1 when something could not be measured."""
     options = build_parser().parse_args(argv)
     if not 0 < options.seconds < float("inf"):
         raise UsageError(f"--seconds must be positive, got {options.seconds}.")
     if options.plot is not None:
-        _check_plot(options.plot)
+        _check_plot(options.plot, overwrite=options.overwrite)
 
     from mambavision.inference.predictor import find_device
-    from mambavision.measure.memory import OutOfMemoryError
-    from mambavision.measure.subjects import prepare
     from mambavision.measure.timing import describe_protocol
 
     messages = message_console()
@@ -74,59 +83,85 @@ def main(argv: Sequence[str]) -> int:
     protocol = describe_protocol(device, options.seconds)
     for name, value in protocol.items():
         messages.print(f"{name}: {value}")
-    measured: list[Measurement] = []
-    problems: list[str] = []
-    refusals: list[tuple[str, ValueError]] = []
+    found = _Found()
+    try:
+        _measure_models(options, device, messages, found)
+    except KeyboardInterrupt:
+        found.problems.append("Stopped; what follows was measured before." if found.measured else "Stopped.")
+        _report(options, protocol, messages, found)
+        raise
+    if found.refusals and not found.measured and not found.problems:
+        raise UsageError(str(found.refusals[0][1])) from found.refusals[0][1]
+    # Each once, not for every type.
+    found.problems += dict.fromkeys(f"{what}: {error}" for what, error in found.refusals)
+    _report(options, protocol, messages, found)
+    return 1 if found.problems else 0
+
+
+class _Found:
+    """What a run has come to: measurements, a sentence for each that could not be made, and what cannot be asked."""
+
+    def __init__(self) -> None:
+        self.measured: list[Measurement] = []
+        self.problems: list[str] = []
+        self.refusals: list[tuple[str, ValueError]] = []
+
+
+def _measure_models(options: argparse.Namespace, device: torch.device, messages: Console, found: _Found) -> None:
+    """Every combination, in turn."""
+    from mambavision.measure.memory import OutOfMemoryError
+    from mambavision.measure.subjects import prepare
+
     for model in options.models:
         for way in options.way:
             for dtype in ("bfloat16",) if way == FLOAT8 else options.dtype:
                 try:
                     subject = prepare(model, way=way, dtype=dtype, device=device, img_size=options.img_size)
                 except OutOfMemoryError as error:
-                    problems.append(str(error))
+                    found.problems.append(str(error))
                     continue
                 except ValueError as error:
-                    refusals.append((f"{model}, {way}", error))
+                    found.refusals.append((f"{model}, {way}", error))
                     continue
                 size = f"{subject.parameters / 1e6:.1f} M parameters, {subject.macs / 1e9:.2f} GMACs"
                 messages.print(f"{model}, {way}, {dtype}: {size}")
-                found, failures = _measure_all(subject, options.batch_size, options.seconds, messages)
-                measured += found
-                problems += failures
-    if refusals and not measured and not problems:
-        raise UsageError(str(refusals[0][1])) from refusals[0][1]
-    problems += dict.fromkeys(f"{what}: {error}" for what, error in refusals)  # each once, not for every type
-    for problem in problems:
+                _measure_sizes(subject, options.batch_size, options.seconds, messages, found)
+
+
+def _report(options: argparse.Namespace, protocol: dict[str, str], messages: Console, found: _Found) -> None:
+    """Write what was measured, and say what was not."""
+    for problem in found.problems:
         messages.print(problem)
-    if measured:
-        {"table": _write_table, "json": _write_json, "csv": _write_csv}[options.format](measured, protocol)
-        if options.plot is not None:
-            from mambavision.measure.plots import plot_speeds
+    if not found.measured:
+        return
+    {"table": _write_table, "json": _write_json, "csv": _write_csv}[options.format](found.measured, protocol)
+    if options.plot is not None:
+        from mambavision.measure.plots import plot_speeds
 
-            plot_speeds(measured, options.plot, title=protocol["device"])
-            messages.print(f"plot: {options.plot}")
-    return 1 if problems else 0
+        plot_speeds(found.measured, options.plot, title=protocol["device"])
+        messages.print(f"plot: {options.plot}")
 
 
-def _measure_all(
-    subject: Subject, batch_sizes: Sequence[int | str], seconds: float, messages: Console
-) -> tuple[list[Measurement], list[str]]:
-    """The measurements, and a sentence for each that could not be made."""
+def _measure_sizes(
+    subject: Subject, batch_sizes: Sequence[int | str], seconds: float, messages: Console, found: _Found
+) -> None:
+    """A subject at each batch size."""
     from mambavision.measure.memory import OutOfMemoryError
+    from mambavision.measure.subjects import first_line
     from mambavision.measure.timing import measure, search_batch_size
 
-    found, problems = [], []
     for batch_size in batch_sizes:
         label = f"{subject.name}, {subject.way}, {subject.dtype}, batch {batch_size}"
         with messages.status(label):
             try:
                 if batch_size == AUTO:
-                    found.append(search_batch_size(subject, seconds=seconds))
+                    found.measured.append(search_batch_size(subject, seconds=seconds))
                 else:
-                    found.append(measure(subject, int(batch_size), seconds=seconds))
+                    found.measured.append(measure(subject, int(batch_size), seconds=seconds))
             except OutOfMemoryError as error:
-                problems.append(str(error))
-    return found, problems
+                found.problems.append(str(error))
+            except Exception as error:  # of a network or a compiler; the others are still measured
+                found.problems.append(f"{label} could not be measured: {type(error).__name__}: {first_line(error)}")
 
 
 def _row(measurement: Measurement) -> dict[str, Any]:
@@ -176,12 +211,15 @@ def _write_csv(measured: Sequence[Measurement], protocol: dict[str, str]) -> Non
     sys.stdout.write(text.getvalue())
 
 
-def _check_plot(path: Path) -> None:
+def _check_plot(path: Path, *, overwrite: bool) -> None:
     """Find out before measuring what would spoil the plot after it."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot must end in .png, .svg or .pdf, got {path}.")
     if not path.parent.is_dir():
         raise UsageError(f"--plot: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise UsageError(f"--plot: {path} is a folder; name a file.")
+    check_free(path, overwrite=overwrite, option="--plot")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install matplotlib.")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambavision.config import NUM_LEVELS
 from mambavision.inference.cpu import has_fast_bfloat16, optimize_for_cpu
+from mambavision.inference.cudnn import fastest_convolutions
 from mambavision.inference.fuse import FusedMambaVision, fuse
 from mambavision.inference.gpu import KernelStem, KernelTokens, use_kernels
 from mambavision.inference.graphs import GraphRunner
@@ -139,11 +140,18 @@ class _Optimized(_AnyType):
     graphs: GraphRunner
 
     def _run(self, x: Tensor) -> Any:
-        with self._settings(x):
-            busy = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
-            if busy or not x.is_cuda or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+        busy = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        if busy or not x.is_cuda or x.numel() == 0 or (torch.is_grad_enabled() and x.requires_grad):
+            return self._run_as_it_is(x)
+        return self.graphs.run(self._run_as_it_is, x)
+
+    def _run_as_it_is(self, x: Tensor) -> Any:
+        if torch.compiler.is_compiling():  # the compiler has settings of its own
+            with torch.autocast(x.device.type, enabled=False):
                 return super()._run(x)
-            return self.graphs.run(super()._run, x)
+        tuning = measuring() if self.tune_kernels else nullcontext()
+        with torch.autocast(x.device.type, enabled=False), fastest_convolutions(), tuning:
+            return super()._run(x)
 
     def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
         """As the network's own; channels that only pad are cut off what is given out."""
@@ -171,16 +179,6 @@ class _Optimized(_AnyType):
     def _keep_levels(self, indices: int | Sequence[int]) -> list[int]:
         self.graphs.clear()
         return super()._keep_levels(indices)
-
-    @contextmanager
-    def _settings(self, x: Tensor) -> Iterator[None]:
-        benchmark = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-        try:
-            with torch.autocast(x.device.type, enabled=False), measuring() if self.tune_kernels else nullcontext():
-                yield
-        finally:
-            torch.backends.cudnn.benchmark = benchmark
 
 
 class _OnCpu(_AnyType):

@@ -15,13 +15,20 @@ class OutOfMemoryError(ValueError):
     """Something that does not fit; the message says what, and what to do."""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch says by `error` that something does not fit."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+
+
 @contextmanager
 def fitting(what: str, device: torch.device, remedy: str) -> Iterator[None]:
     """Where PyTorch runs out of memory inside, raise `OutOfMemoryError`: `what` does not fit on `device`; `remedy`."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not isinstance(error, torch.OutOfMemoryError) and not any(sign in str(error) for sign in _SIGNS):
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -15,7 +15,7 @@ from mambavision.config import VARIANTS, UnknownVariantError, get_config
 from mambavision.factory import create_model
 from mambavision.inference.fuse import fuse
 from mambavision.inference.optimization import optimize
-from mambavision.measure.memory import fitting
+from mambavision.measure.memory import fitting, is_out_of_memory
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.complexity import count_complexity
 
@@ -94,7 +94,8 @@ def prepare(
     prepared, compiled, casts = WAYS[way]
     if way == "optimized-float8" and dtype != "bfloat16":
         raise ValueError(f"{way} computes in bfloat16 around its 8-bit convolutions; choose that type, not {dtype}.")
-    with fitting(f"{name} ({way}, {dtype})", device, "choose another model or device"):
+    remedy = "choose another model or device" if img_size is None else "choose another --img-size, model or device"
+    with fitting(f"{name} ({way}, {dtype})", device, remedy):
         if name in VARIANTS:
             model: nn.Module = create_model(name, device=device).eval()
             size = img_size or get_config(name).preprocessing.img_size
@@ -104,10 +105,7 @@ def prepare(
             model, size = _from_timm(name, img_size)
             model = model.to(device, TYPES[dtype])  # now: some keep what they form of their weights in the first pass
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        try:
-            macs = _macs(model, size)
-        except AssertionError as error:  # how timm's models check sizes
-            raise ValueError(f"{name} does not take pictures of {size[0]} x {size[1]}: {error}.") from error
+        macs = _macs(name, model, size)
         if prepared is not None:
             model = prepared(model, TYPES[dtype])
         if not casts:
@@ -148,15 +146,32 @@ def _from_timm(name: str, img_size: tuple[int, int] | None) -> tuple[nn.Module, 
         model: Any = timm.create_model(name, **sized)
     except TypeError:  # a convolutional network takes any size and no argument for it
         model = timm.create_model(name)
+    except (AssertionError, ValueError, ZeroDivisionError) as error:
+        raise _refusal(name, img_size, error) from error
     height, width = model.pretrained_cfg["input_size"][1:]
-    return model.eval(), img_size or (height, width)
+    return model.eval().requires_grad_(False), img_size or (height, width)
 
 
-@torch.inference_mode()
-def _macs(model: nn.Module, size: tuple[int, int]) -> int:
+@torch.no_grad()  # the counter sees into more operations than under inference_mode
+def _macs(name: str, model: nn.Module, size: tuple[int, int]) -> int:
     if isinstance(model, MambaVisionBackbone):
-        return count_complexity(model, size).macs
+        return count_complexity(create_model(name, device="meta"), size).macs
     counter, weight = FlopCounterMode(display=False), next(model.parameters())
-    with counter, sdpa_kernel(SDPBackend.MATH):  # not every device's fused attention is counted
-        model(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
+    try:
+        with counter, sdpa_kernel(SDPBackend.MATH):  # not every device's fused attention is counted
+            model(torch.zeros(1, 3, *size, device=weight.device, dtype=weight.dtype))
+    except Exception as error:  # timm's models check sizes in many ways, or fail on those that they do not take
+        if is_out_of_memory(error):
+            raise
+        raise _refusal(name, size, error) from error
     return counter.get_total_flops() // 2
+
+
+def _refusal(name: str, size: tuple[int, int] | None, error: Exception) -> ValueError:
+    pictures = "pictures of its own size" if size is None else f"pictures of {size[0]} x {size[1]}"
+    return ValueError(f"{name} does not take {pictures}: {first_line(error)}.")
+
+
+def first_line(error: Exception) -> str:
+    """What it says first; others' errors may go on for pages."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).removesuffix(".")

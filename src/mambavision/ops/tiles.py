@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -83,41 +84,55 @@ def is_large(rows: int, columns: int) -> bool:
     return -(-rows // 128) * -(-columns // 128) >= 132
 
 
+MAX_CHOSEN = 4096  # choices that are kept; a network has some thirty for each size of batch
+
+
+class _Measuring(threading.local):
+    """Whether the thread times candidates; others launch meanwhile."""
+
+    now = False
+
+
 _chosen: dict[Hashable, Tile] = {}
-_measuring = False
+_measuring = _Measuring()
 
 
 @contextmanager
 def measuring() -> Iterator[None]:
-    """While it lasts, a shape met for the first time is timed with every candidate; afterwards the choice holds."""
-    global _measuring
-    before, _measuring = _measuring, True
+    """While it lasts, a shape met for the first time is timed with every candidate; afterwards the choice holds.
+
+    Of what this thread launches; the choices are for all.
+    """
+    before, _measuring.now = _measuring.now, True
     try:
         yield
     finally:
-        _measuring = before
+        _measuring.now = before
 
 
 def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], object]) -> Tile:
     """The tile for `key`, which names the kernel and all that its speed depends on.
 
     Args:
-        key: of the process-wide table of choices.
+        key: of the process-wide table of choices, which forgets the oldest of very many.
         candidates: the tiles that fit, the one to take without measuring first.
         run: launches the kernel with a tile; may run any number of times.
     """
-    if not _chosen and not _measuring:  # nor can sizes be looked up while a compiler traces with symbols for them
+    if not _chosen and not _measuring.now:  # nor can sizes be looked up while a compiler traces with symbols for them
         return candidates[0]
     if key in _chosen:
         return _chosen[key]
-    if _measuring and is_precompiling():
+    if _measuring.now and is_precompiling():
         for tile in candidates:
             run(tile)
         return candidates[0]
-    if not _measuring or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
+    if not _measuring.now or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
         return candidates[0]
-    _chosen[key] = min(candidates, key=lambda tile: _milliseconds(run, tile))
-    return _chosen[key]
+    best = min(candidates, key=lambda tile: _milliseconds(run, tile))
+    if len(_chosen) >= MAX_CHOSEN:
+        _chosen.pop(next(iter(_chosen)), None)
+    _chosen[key] = best
+    return best
 
 
 @cache
