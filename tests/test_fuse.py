@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune as pruning
 
 from deterministic_weights import deterministic_images
 from mambavision import create_model
@@ -129,3 +130,136 @@ def test_it_compiles_exports_and_takes_another_head():
 def test_without_weights_there_is_nothing_to_fold():
     with pytest.raises(ValueError, match="meta device"):
         fuse(create_model(TINY, device="meta"))
+
+
+def with_frozen_norms(module):
+    """Batch norms as detection code has them: buffers alone."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = pytest.importorskip("torchvision").ops.FrozenBatchNorm2d(child.num_features, eps=child.eps)
+            frozen.load_state_dict(
+                {key: value for key, value in child.state_dict().items() if "num_batches" not in key}
+            )
+            setattr(module, name, frozen)
+        else:
+            with_frozen_norms(child)
+    return module
+
+
+def without_affine_norms(module):
+    for child in module.modules():
+        if isinstance(child, (nn.BatchNorm2d, nn.LayerNorm)):
+            child.weight, child.bias = None, None
+            child.affine = child.elementwise_affine = False
+    return module
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.SyncBatchNorm.convert_sync_batchnorm, with_frozen_norms, without_affine_norms],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("features_only", [False, True])
+def test_other_batch_norms_are_folded_too(change, features_only):
+    model = trained(features_only=features_only).double().eval()
+    model = change(model).double().eval()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    for actual, expected in zip(outputs(fuse(model), images), outputs(model, images), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+class Adapted(nn.Linear):
+    """As libraries of adapters do: a layer that adds something of its own."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def adapt(block):
+    block.mlp.fc1 = Adapted(block.mlp.fc1.in_features, block.mlp.fc1.out_features)
+
+
+def wrap(block):
+    block.mixer.x_proj = nn.Sequential(block.mixer.x_proj)
+
+
+def prune(block):
+    pruning.l1_unstructured(block.mlp.fc2, "weight", amount=0.1)
+
+
+def parametrize(block):
+    nn.utils.parametrizations.weight_norm(block.mixer.in_proj)
+
+
+def watch(block):
+    block.mixer.register_forward_hook(lambda *_: None)
+
+
+def forget(block):
+    block.norm1 = nn.Identity()
+
+
+CHANGES = {
+    adapt: r"mlp.fc1 \(Adapted\) cannot be folded: merge adapters",
+    wrap: r"mixer.x_proj \(Sequential\) cannot be folded",
+    prune: r"mlp.fc2 \(Linear\) cannot be folded",
+    parametrize: r"mixer.in_proj \(Parametrized.*\) cannot be folded",
+    watch: "mixer has a hook",
+    forget: r"norm1 \(Identity\) cannot be folded",
+}
+
+
+@pytest.mark.parametrize(("change", "message"), CHANGES.items(), ids=[change.__name__ for change in CHANGES])
+def test_what_is_more_than_its_weights_is_refused(change, message):
+    model = trained()
+    change(model.levels[2].blocks[0])
+    with pytest.raises(ValueError, match=f"levels.2.blocks.0.{message}"):
+        fuse(model)
+
+
+def test_norms_of_batches_are_refused():
+    model = trained()
+    norm = model.levels[0].blocks[0].norm1
+    model.levels[0].blocks[0].norm1 = nn.BatchNorm2d(norm.num_features, track_running_stats=False)
+    with pytest.raises(ValueError, match=r"levels.0.blocks.0.norm1 \(BatchNorm2d\) cannot .* running statistics"):
+        fuse(model)
+    model.levels[0].blocks[0].norm1 = nn.GroupNorm(1, norm.num_features)
+    with pytest.raises(ValueError, match=r"norm1 \(GroupNorm\)"):
+        fuse(model)
+
+
+def test_an_adapted_head_is_called():
+    model = trained().eval()
+    model.head = Adapted(model.head.in_features, model.head.out_features)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse(model)(images), model(images), rtol=1e-4, atol=1e-4)
+
+
+def test_training_mode_changes_nothing():
+    model = trained(drop_path_rate=0.9, drop_rate=0.9, attn_drop_rate=0.9).eval()
+    images = torch.randn(2, 3, 64, 64)
+    for network in (model, trained(drop_path_rate=0.9, features_only=True).eval()):
+        fused = fuse(network)
+        expected, found = outputs(fused, images), outputs(fused.train(), images)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_head_can_be_assigned():
+    fused, images = fuse(trained().eval()), torch.randn(2, 3, 64, 64)
+    fused.head = nn.Linear(fused.num_features, 5)
+    with torch.no_grad():
+        expected = fused.forward_head(fused.forward_features(images))
+        torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-5)
+        fused.norm = nn.Identity()
+        expected = fused.forward_head(fused.forward_features(images))
+        torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [nn.Linear(1, 1), "mamba_vision_T", None])
+def test_what_is_no_network_of_ours_is_refused(other):
+    with pytest.raises(TypeError, match="fuse takes a MambaVision network, got"):
+        fuse(other)
+    with pytest.raises(TypeError, match=r"got DataParallel; its \.module is one\."):
+        fuse(nn.DataParallel(trained()))

@@ -252,6 +252,24 @@ def test_stem(dtype, strides, pictures, two_steps, poisoned, monkeypatch):
     check(stem_op.stem(x, weight1, bias1, weight2, bias2, *strides), usual, truth)
 
 
+@pytest.mark.parametrize("two_steps", [False, True])
+def test_the_stem_keeps_nan(two_steps, monkeypatch):
+    monkeypatch.setattr(stem_op, "TWO_STEPS_FROM", 1 if two_steps else 10**9)
+    dtype = TYPES[-1]
+    x = random(1, 3, 9, 40, dtype=torch.float32)
+    x[0, 1, 4, 3] = float("nan")
+    weights = (
+        random(16, 3, 3, 3, dtype=dtype),
+        random(16, dtype=dtype),
+        random(24, 16, 3, 3, dtype=dtype),
+        random(24, dtype=dtype),
+    )
+    expected = stem(x, *weights, backend="reference").isnan()
+    assert expected.any()
+    assert not expected.all()
+    assert torch.equal(stem_op.stem(x, *weights, 2, 2).isnan(), expected)
+
+
 def test_an_empty_batch_has_an_empty_result():
     dtype = TYPES[-1]
     x, weight = random(0, 8, 4, 4, dtype=dtype), random(16, 8, 3, 3, dtype=dtype)

@@ -118,6 +118,45 @@ def test_overlapping_calls_leave_cudnns_setting_as_it_was(monkeypatch):
     assert not torch.backends.cudnn.benchmark
 
 
+@pytest.mark.parametrize("part", ["conv_down.2", "blocks.0.act1", "mlp.act"])
+def test_other_activations_are_refused(part):
+    model = trained()
+    where = {"conv_down.2": model.patch_embed, "blocks.0.act1": model.levels[0], "mlp.act": model.levels[2].blocks[0]}
+    owner, _, name = part.rpartition(".")
+    setattr(where[part].get_submodule(owner), name, torch.nn.SiLU())
+    with pytest.raises(ValueError, match=rf"{part} is SiLU\(\), and the kernels compute .*; use `fuse`"):
+        optimize(model)
+
+
+def test_hooks_that_would_be_lost_are_refused():
+    model = trained()
+    handle = model.levels[0].blocks[0].register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=r"levels.0.blocks.0 has a hook, which the copy would not call"):
+        optimize(model)
+    handle.remove()
+    model.register_forward_hook(lambda *_: None)  # of the whole, which is called
+    optimize(model)
+
+
+def test_every_result_has_the_type_of_the_pictures():
+    model = trained().eval()
+    images = torch.randn(2, 3, 64, 64)
+    for network in (with_kernels(model).to(torch.bfloat16), optimize(model, dtype=torch.bfloat16)):
+        with torch.no_grad():
+            features, (final, maps) = network.forward_features(images), network.forward_intermediates(images)
+            only = network.forward_intermediates(images, intermediates_only=True)
+            found = [
+                features,
+                final,
+                *maps,
+                *only,
+                network.forward_head(features),
+                network.forward_head(features, True),
+            ]
+            assert {tensor.dtype for tensor in found} == {torch.float32}
+            assert difference(network.forward_head(features), model(images)) < 3e-2
+
+
 def test_types_at_the_border_are_those_of_the_pictures():
     network = with_kernels(trained().eval()).to(torch.bfloat16)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -1,12 +1,13 @@
 """The network on packed weights for a CPU: the same outputs, the original untouched, and what cannot be said so."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 
 from mambavision import create_model
-from mambavision.inference import cpu
+from mambavision.inference import cpu, optimize
 from mambavision.inference.cpu import PackedConv, PackedConvBlock, PackedLinear, PackedMixer, optimize_for_cpu
 from mambavision.inference.fuse import FusedMixer, fuse
 
@@ -123,3 +124,42 @@ def test_bfloat16_is_fast_where_there_are_instructions_for_it(instructions, monk
     assert cpu.has_fast_bfloat16() == instructions
     monkeypatch.setattr(cpu, "can_pack", lambda _: False)
     assert not cpu.has_fast_bfloat16()
+
+
+@packed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_narrow_maps(dtype, stride):
+    """Of which some CPUs' 16-bit convolutions make something else."""
+    if not cpu.can_pack(dtype):
+        pytest.skip("not in this type on this CPU")
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(64, 64, 3, stride, 1).to(dtype)
+    packed_conv = PackedConv(conv.to(memory_format=torch.channels_last))
+    for height in (1, 2, 3, 8, 9, 10, 17, 64):
+        for width in (1, 2, 3, 4):
+            x = torch.randn(2, 64, height, width).to(dtype)
+            with torch.no_grad():
+                expected, found = conv.float()(x.float()), packed_conv(x)
+            assert found.shape == expected.shape
+            assert (found - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_no_number_stays_none(network, dtype):
+    images = torch.randn(3, 3, 64, 64)
+    images[1, 0, 5, 6] = float("nan")
+    with torch.no_grad():
+        found = optimize(network, dtype=dtype)(images)
+    assert found.isnan().any(1).tolist() == [False, True, False]
+
+
+@packed
+def test_it_cannot_be_saved(network, tmp_path):
+    fast = optimize(network)
+    copy.deepcopy(fast)
+    for save in (pickle.dumps, lambda fast: torch.save(fast, tmp_path / "fast.pt")):
+        with pytest.raises(pickle.PicklingError, match="save the model that it was made of"):
+            save(fast)
+    with pytest.raises(RuntimeError, match="save the model that it was made of"):
+        fast.state_dict()

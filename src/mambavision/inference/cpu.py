@@ -9,10 +9,12 @@ throughout.
 from __future__ import annotations
 
 import copy
+import pickle
 import platform
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.inference.fuse import FusedMixer
@@ -25,6 +27,10 @@ from mambavision.ops import selective_scan
 # Tokens and pixels that oneDNN lays the weights out for: those of a 224 px picture. Others run too.
 _ROWS = 196
 _SIDE = 28
+UNSAVED = (
+    "The weights of a network optimised for a CPU are laid out for this machine and cannot be saved; save the model "
+    "that it was made of."
+)
 
 
 def optimize_for_cpu(
@@ -80,7 +86,7 @@ def has_fast_bfloat16() -> bool:
     return can_pack(torch.bfloat16) and instructions
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """A layer with its weights in oneDNN's layout, which neither the state dict nor `Module.to` know."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -88,14 +94,17 @@ class _Packed(nn.Module):
         self.weight = weight
         self.bias = None if bias is None else bias.detach()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
         twin = type(self).__new__(type(self))  # weights are shared: they do not change
         twin.__dict__ = self.__dict__.copy()
         memo[id(self)] = twin
         return twin
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise pickle.PicklingError(UNSAVED)
 
-class PackedLinear(_Packed):
+
+class PackedLinear(Packed):
     """activation(linear(x)); the activation is in oneDNN's terms, `none` or `gelu`, in its exact form."""
 
     def __init__(self, linear: nn.Linear, activation: str = "none") -> None:
@@ -106,7 +115,7 @@ class PackedLinear(_Packed):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "none")
 
 
-class PackedConv(_Packed):
+class PackedConv(Packed):
     """activation(conv(x)), or conv(x) + residual; channels-last whatever comes in."""
 
     def __init__(self, conv: Any, activation: str = "none", algorithm: str = "") -> None:
@@ -118,8 +127,12 @@ class PackedConv(_Packed):
         super().__init__(torch.ops.mkldnn._reorder_convolution_weight(weight, *place, shape), conv.bias)
         self.place = place
         self.activation, self.algorithm = activation, algorithm
+        # In 16 bits oneDNN 3.12 computes strided convolutions wrongly on CPUs with AMX where the result is one column.
+        self.widens = stride[1] > 1 and weight.dtype != torch.float32
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # (batch, channels, H, W) likewise out
+        if self.widens and x.shape[3] <= 2:
+            return self(F.pad(x, (0, 3 - x.shape[3])))[..., :1]  # of two columns, the first
         x = x.contiguous(memory_format=torch.channels_last)
         place = (self.weight, self.bias, *self.place)
         # PyTorch 2.6 fails to sum maps of a single pixel, and compilers do not know the sum's shape.
@@ -165,8 +178,8 @@ def _pack(module: Any) -> None:
     """Replace the layers of a module by their packed forms."""
     if isinstance(module, Stem):
         layers = module.conv_down
-        for place in (0, 3):
-            layers[place], layers[place + 2] = PackedConv(layers[place], "relu"), nn.Identity()
+        for place in (0, 3):  # ReLU stays behind them: oneDNN's makes zeros of NaN
+            layers[place] = PackedConv(layers[place])
     elif isinstance(module, Downsample):
         module.reduction[0] = PackedConv(module.reduction[0])
     elif isinstance(module, Level):

@@ -9,7 +9,6 @@ so that folding loses nothing that the weights' own type can hold.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,8 +17,10 @@ from torch import Tensor, nn
 from mambavision.inference.exact import CastWithExact
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.drop_path import DropPath
 from mambavision.layers.mixer import MambaVisionMixer, TokenConv
-from mambavision.layers.stem import Stem
+from mambavision.layers.plain import are_plain, has_own_hooks
+from mambavision.layers.stem import FewChannelConv, Stem
 from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
@@ -32,13 +33,19 @@ Network = TypeVar("Network", bound=MambaVisionBackbone)
 def fuse(model: Network) -> Network:
     """A copy of `model` for inference that computes the same with everything folded; `model` itself is left as it is.
 
-    The copy has the interface of `model` and is in evaluation mode. Its state dict is its own: save `model` instead.
+    The copy has the interface of `model` and computes as in evaluation mode, whatever mode it is set to. Its state dict
+    is its own: save `model` instead.
 
     Raises:
-        ValueError: the model is on the meta device and so has no weights to fold.
+        TypeError: the model is no network of this package.
+        ValueError: the model is on the meta device and so has no weights to fold, or something that would be folded is
+            more than its weights: an adapter, a hook, a parametrization, a norm without running statistics.
     """
+    check_network(model, "fuse")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("A model on the meta device has no weights to fold; load them first.")
+    for name, module in model.named_modules():
+        _check_foldable(name, module)
     fused = copy.deepcopy(model).eval().requires_grad_(False)
     for module in list(fused.modules()):
         if isinstance(module, Stem):
@@ -47,6 +54,10 @@ def fuse(model: Network) -> Network:
             _fuse_conv_block(module)
         elif isinstance(module, TokenBlock):
             _fuse_token_block(module)
+        elif isinstance(module, DropPath):
+            module.rate = 0.0
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
     if type(fused) is MambaVision:
         # The same modules, and a forward pass that goes around the norm.
         fused.__class__ = FusedMambaVision  # type: ignore[assignment]
@@ -54,34 +65,44 @@ def fuse(model: Network) -> Network:
     return fused
 
 
+def check_network(model: object, user: str) -> None:
+    """TypeError, with a way out, where `model` is no network of this package, for the function `user`."""
+    if isinstance(model, MambaVisionBackbone):
+        return
+    children = model.named_modules() if isinstance(model, nn.Module) else ()
+    inner = next((name for name, child in children if isinstance(child, MambaVisionBackbone)), None)
+    way_out = "" if inner is None else f"; its .{inner} is one"
+    raise TypeError(f"{user} takes a MambaVision network, got {type(model).__name__}{way_out}.")
+
+
 class FusedMambaVision(MambaVision):
-    """A classifier whose final norm is part of its head; `forward_features` still gives the map after the norm."""
+    """A classifier whose final norm is part of its head; `forward_features` still gives the map after the norm.
+
+    Another head or norm can be assigned; weights of the head that are changed in place are not seen.
+    """
 
     def fold_head(self) -> None:
         """Form the head for a pooled vector that has not passed the norm."""
         head = copy.deepcopy(self.head)
-        if isinstance(self.norm, nn.BatchNorm2d) and isinstance(head, nn.Linear):
+        if _is_batch_norm(self.norm) and not has_own_hooks(self.norm) and are_plain(head) and type(head) is nn.Linear:
             _scale_input(head, *_scale_and_shift(self.norm))
             self._head_of_maps: nn.Module | None = head
         else:
             self._head_of_maps = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("head", "norm") and hasattr(self, "_head_of_maps"):
+            self.fold_head()
+
+    def train(self, mode: bool = True) -> FusedMambaVision:  # noqa: ARG002  (always evaluates)
+        return super().train(False)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # as in `MambaVision`
         if self._head_of_maps is None:
             return super().forward(x)
         maps = self._level_maps(x, last=len(self.levels) - 1)
         return self._head_of_maps(self._pool(maps[-1]))
-
-    def reset_classifier(self, num_classes: int) -> None:
-        super().reset_classifier(num_classes)
-        self.fold_head()
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.fold_head()
-        return taken
 
 
 class FusedMixer(CastWithExact):
@@ -121,6 +142,48 @@ class FusedMixer(CastWithExact):
         return self.out_proj(torch.cat([y, z], dim=-1))
 
 
+# Of what each module is folded: of these layers nothing but their numbers is kept.
+_WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
+    Stem: ("conv_down.0", "conv_down.3"),
+    ConvBlock: ("conv1", "conv2"),
+    TokenBlock: ("norm1", "norm2", "mlp.fc1", "mlp.fc2"),
+    Attention: ("qkv", "proj"),
+    MambaVisionMixer: ("in_proj", "out_proj", "x_proj", "dt_proj", "conv1d_x", "conv1d_z"),
+}
+_NORMS: dict[type[nn.Module], tuple[str, ...]] = {
+    Stem: ("conv_down.1", "conv_down.4"),
+    ConvBlock: ("norm1", "norm2"),
+}
+_PLAIN = (nn.Linear, nn.Conv2d, nn.LayerNorm, FewChannelConv, TokenConv)
+
+
+def _check_foldable(name: str, module: nn.Module) -> None:
+    """ValueError where folding `module` would lose something."""
+    if isinstance(module, MambaVisionMixer) and has_own_hooks(module):
+        raise ValueError(f"{name} has a hook, which would not be called any more; remove it first.")
+    for part in _WEIGHTS.get(type(module), ()):
+        layer = module.get_submodule(part)
+        if type(layer) not in _PLAIN or has_own_hooks(layer):
+            raise ValueError(
+                f"{name}.{part} ({type(layer).__name__}) cannot be folded: merge adapters, make pruning and "
+                "parametrizations permanent, and remove hooks first."
+            )
+    for part in _NORMS.get(type(module), ()):
+        norm = module.get_submodule(part)
+        if type(norm) is not nn.Identity and (not _is_batch_norm(norm) or has_own_hooks(norm)):
+            raise ValueError(
+                f"{name}.{part} ({type(norm).__name__}) cannot be folded: only a batch norm with running statistics "
+                "and without hooks can."
+            )
+
+
+def _is_batch_norm(norm: nn.Module) -> bool:
+    """Whether it scales and shifts by running statistics: PyTorch's, synchronised or not, or a frozen one."""
+    frozen = type(norm).__name__ == "FrozenBatchNorm2d"  # torchvision and detection libraries have their own
+    known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or frozen
+    return known and getattr(norm, "running_var", None) is not None
+
+
 # Blocks and mixers are `Any` below, since modules are replaced by others.
 
 
@@ -157,7 +220,7 @@ def _fuse_token_block(block: Any) -> None:
 
 def _fold_norm(conv: nn.Conv2d, norm: nn.Module) -> None:
     """Make `conv` give what `norm` makes of its output."""
-    if not isinstance(norm, nn.BatchNorm2d):
+    if isinstance(norm, nn.Identity):  # folded before
         return
     scale, shift = _scale_and_shift(norm)
     _scale_output(conv, scale)
@@ -169,19 +232,22 @@ def _fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> nn.LayerNorm:
     """The norm without scale and shift, which `linear` takes over."""
     if not norm.elementwise_affine:
         return norm
-    _scale_input(linear, norm.weight.double(), norm.bias.double())
+    _scale_input(linear, norm.weight.double(), torch.zeros_like(norm.weight) if norm.bias is None else norm.bias)
     return nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
 
 
 def _scale_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     """The norm as scale x + shift, in float64."""
-    scale = norm.weight.double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    return scale, norm.bias.double() - norm.running_mean.double() * scale
+    scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+    if norm.weight is not None:
+        scale = norm.weight.double() * scale
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else norm.bias.double() + shift
 
 
 def _scale_input(linear: nn.Linear, scale: Tensor, shift: Tensor) -> None:
     """Make `linear` of x what it was of scale x + shift."""
-    weight = linear.weight.double()
+    weight, shift = linear.weight.double(), shift.double()
     bias = weight @ shift if linear.bias is None else weight @ shift + linear.bias.double()
     linear.weight = _constant(weight * scale, linear.weight.dtype)
     linear.bias = _constant(bias, linear.weight.dtype)

@@ -8,14 +8,18 @@ from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambavision.config import NUM_LEVELS
-from mambavision.inference.cpu import has_fast_bfloat16, optimize_for_cpu
+from mambavision.inference.cpu import UNSAVED, Packed, has_fast_bfloat16, optimize_for_cpu
 from mambavision.inference.cudnn import fastest_convolutions
-from mambavision.inference.fuse import FusedMambaVision, fuse
+from mambavision.inference.fuse import FusedMambaVision, check_network, fuse
 from mambavision.inference.gpu import KernelStem, KernelTokens, use_kernels
 from mambavision.inference.graphs import GraphRunner
+from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.plain import has_own_hooks
+from mambavision.layers.stem import Downsample, Stem
+from mambavision.layers.token_block import Mlp
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 from mambavision.ops.backend import Situation, refuse_inference_kernels
@@ -50,10 +54,10 @@ def optimize(
     Raises:
         TypeError: the model is no network of this package.
         ValueError: an unknown mode, a model on the meta device, optimised already or with another pool than the
-            average, or float8 where it cannot run.
+            average, one with adapters, hooks or other activations, which the copy would leave out, or float8 where
+            it cannot run.
     """
-    if not isinstance(model, MambaVisionBackbone):
-        raise TypeError(f"optimize takes a MambaVision network, got {type(model).__name__}.")
+    check_network(model, "optimize")
     if isinstance(model, _AnyType):
         raise ValueError("The model is optimised already; pass the one that it was made of.")
     if isinstance(model, MambaVision) and model.pool_type != "avg":
@@ -61,6 +65,7 @@ def optimize(
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
     fused = fuse(model)
+    _check_as_built(model)
     device = next(fused.parameters()).device
     float8 = dtype == torch.float8_e4m3fn
     if float8:
@@ -83,6 +88,29 @@ def optimize(
     elif device.type == "cuda" and dtype in HALVES:
         _logger.warning("optimize goes without its fused kernels: %s.", fault)
     return finished(fused, dtype=dtype, tune=mode == "full")
+
+
+# What the kernels compute without calling it, and how it must be set.
+_ACTIVATIONS: dict[type, dict[str, str]] = {
+    Stem: {"conv_down.2": "ReLU()", "conv_down.5": "ReLU()"},
+    ConvBlock: {"act1": "GELU(approximate='tanh')"},
+    Mlp: {"act": "GELU(approximate='none')"},
+}
+
+
+def _check_as_built(model: MambaVisionBackbone) -> None:
+    """ValueError where something that the copy does not call does more, or other, than the network's own."""
+    for name, module in model.named_modules():
+        if name.split(".")[0] not in ("patch_embed", "levels"):
+            continue
+        for part, expected in _ACTIVATIONS.get(type(module), {}).items():
+            found = repr(module.get_submodule(part)).replace("inplace=True", "")
+            if found != expected:
+                raise ValueError(f"{name}.{part} is {found}, and the kernels compute {expected}; use `fuse`.")
+        if isinstance(module, Downsample) and type(module.reduction[0]) is not nn.Conv2d:
+            raise ValueError(f"{name}.reduction.0 is a {type(module.reduction[0]).__name__}; merge adapters first.")
+        if has_own_hooks(module):
+            raise ValueError(f"{name} has a hook, which the copy would not call; remove it first.")
 
 
 def finished(fused: MambaVisionBackbone, *, dtype: torch.dtype, tune: bool) -> MambaVisionBackbone:
@@ -117,8 +145,11 @@ class _AnyType(MambaVisionBackbone):
     def forward(self, x: Tensor) -> Any:
         """As the network's own, in the type of x."""
         self._check_input(x)
-        output = self._run(x)
-        return output.to(x.dtype) if isinstance(output, Tensor) else [tensor.to(x.dtype) for tensor in output]
+        return _cast(self._run(x), x.dtype)
+
+    def forward_intermediates(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+        """As the network's own, in the type of x."""
+        return _cast(super().forward_intermediates(x, *arguments, **named), x.dtype)
 
     def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
         """As the network's own, in the type that it computes in."""
@@ -131,6 +162,23 @@ class _AnyType(MambaVisionBackbone):
     def _check_dtype(self, x: Tensor) -> None:
         if not x.dtype.is_floating_point:
             super()._check_dtype(x)
+
+
+def _cast(output: Any, dtype: torch.dtype) -> Any:
+    """A tensor, or lists and tuples of them, in another type."""
+    return output.to(dtype) if isinstance(output, Tensor) else type(output)(_cast(part, dtype) for part in output)
+
+
+class _Classifier(_AnyType, FusedMambaVision):
+    """What classifiers have beside `forward`."""
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As the network's own, in the type of x."""
+        return super().forward_features(x).to(x.dtype)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """As the network's own, in the type of x."""
+        return super().forward_head(x.to(self.compute_dtype), pre_logits).to(x.dtype)
 
 
 class _Optimized(_AnyType):
@@ -202,12 +250,18 @@ class _OnCpu(_AnyType):
         super()._apply(fn, recurse)
         return self
 
+    def state_dict(self, *arguments: Any, **named: Any) -> Any:
+        """RuntimeError where weights are packed: no state dict has them, and one without them would be a trap."""
+        if any(isinstance(module, Packed) for module in self.modules()):
+            raise RuntimeError(UNSAVED)
+        return super().state_dict(*arguments, **named)
+
 
 class _CpuBackbone(_OnCpu):
     """A backbone on a CPU."""
 
 
-class _CpuClassifier(_OnCpu, FusedMambaVision):
+class _CpuClassifier(_OnCpu, _Classifier):
     """A classifier on a CPU."""
 
 
@@ -215,9 +269,10 @@ class _OptimizedBackbone(_Optimized):
     """A backbone on a GPU."""
 
 
-class _OptimizedClassifier(_Optimized, FusedMambaVision):
+class _OptimizedClassifier(_Optimized, _Classifier):
     """A classifier on a GPU."""
 
-    def reset_classifier(self, num_classes: int) -> None:
-        super().reset_classifier(num_classes)
-        self.graphs.clear()
+    def fold_head(self) -> None:
+        super().fold_head()
+        if hasattr(self, "graphs"):
+            self.graphs.clear()

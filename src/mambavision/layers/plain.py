@@ -20,8 +20,13 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward: hooks of its own or of all, a wrapped or compiled call."""
     anywhere = _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks
     anywhere = anywhere or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks
+    return bool(anywhere) or has_own_hooks(module)
+
+
+def has_own_hooks(module: nn.Module) -> bool:
+    """The same but for hooks of all modules."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(anywhere or own or "forward" in module.__dict__ or module._compiled_call_impl is not None)
+    return bool(own or "forward" in module.__dict__ or module._compiled_call_impl is not None)
 
 
 def is_fused(x: Tensor) -> bool:

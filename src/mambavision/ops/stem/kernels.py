@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from mambavision.ops.activation_kernels import activated
+
 
 @triton.jit(do_not_specialize=["batch"])
 def stem_kernel(
@@ -67,12 +69,12 @@ def stem_kernel(
         at = image_at[None, :] + (colour[:, None] * x_colour + row * x_row + col * x_column)
         patch = tl.load(at, mask=there, other=0.0).to(first.dtype)
         hidden = tl.dot(tl.trans(patch), first) + shift[None, :]  # (BLOCK_M, MIDDLE)
-        hidden = tl.where(inside[:, None], tl.maximum(hidden, 0.0), 0.0)
+        hidden = tl.where(inside[:, None], activated(hidden, "relu"), 0.0)
         at = weight2 + (column % columns)[None, :] * (9 * MIDDLE) + tap * MIDDLE + middle[:, None]
         acc = tl.dot(hidden.to(first.dtype), tl.load(at), acc)
 
     acc += tl.load(bias2 + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    acc = tl.maximum(acc, 0.0)
+    acc = activated(acc, "relu")
     at = out + pixel.to(tl.int64)[:, None] * (out_column * UNIT) + column[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), mask=(pixel < pixels)[:, None] & (column < columns)[None, :])
 
@@ -113,5 +115,5 @@ def first_conv_kernel(
     first = tl.load(weight + middle[None, :] * (9 * IN) + part[:, None], mask=(part < 9 * IN)[:, None], other=0.0)
     patch = tl.load(at, mask=there, other=0.0).to(first.dtype)  # (PATCH, BLOCK_M)
     hidden = tl.dot(tl.trans(patch), first) + tl.load(bias + middle).to(tl.float32)[None, :]
-    hidden = tl.maximum(hidden, 0.0).to(out.dtype.element_ty)
+    hidden = activated(hidden, "relu").to(out.dtype.element_ty)
     tl.store(out + pixel.to(tl.int64)[:, None] * MIDDLE + middle[None, :], hidden, mask=(pixel < pixels)[:, None])
