@@ -10,6 +10,8 @@ import time
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -18,6 +20,7 @@ from mambavision.cli import main
 from mambavision.layers.mixer import MambaVisionMixer
 from mambavision.measure import timing
 from mambavision.measure.memory import OutOfMemoryError
+from mambavision.measure.plots import plot_speeds
 from mambavision.measure.profiling import REST, profile_operations, profile_parts
 from mambavision.measure.subjects import Subject, prepare
 from mambavision.measure.timing import measure, search_batch_size
@@ -190,7 +193,8 @@ def test_the_search_ends_where_doubling_brings_little_or_memory_ends(monkeypatch
 
     nothing = subject(lambda _: None)
     for by_batch, best in (
-        ({"b1": 10, "b2": 19, "b4": 30, "b8": 30.5, "b16": 99}, 8),
+        ({"b1": 10, "b2": 19, "b4": 30, "b8": 30.5, "b16": 30.2, "b32": 99}, 8),
+        ({"b1": 313, "b2": 186, "b4": 573, "b8": 891, "b16": 700, "b32": 800, "b64": 9000}, 8),  # a dip is no end
         ({"b1": 10, "b2": 19, "b4": 12}, 2),
         ({"b1": 10, "b2": 19}, 2),
     ):
@@ -266,10 +270,37 @@ def test_nine_of_ten_passes_keep_the_90th_percentile(monkeypatch):
 
 
 def test_the_plot_is_a_picture(tmp_path, capsys):
-    assert main(["benchmark", TINY, "--batch-size", "1", "2", f"--plot={tmp_path / 'speed.png'}", *QUICK]) == 0
-    with Image.open(tmp_path / "speed.png") as picture:
+    assert main(["benchmark", TINY, "--batch-size", "1", "2", f"--plot={tmp_path / 'speed.PNG'}", *QUICK]) == 0
+    with Image.open(tmp_path / "speed.PNG") as picture:
         assert min(picture.size) > 300
-    assert "speed.png" in capsys.readouterr().err
+    assert "speed.PNG" in capsys.readouterr().err
+
+
+def test_the_plot_has_a_tick_for_each_batch_size_and_room_for_its_legend(tmp_path, monkeypatch):
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *path, **how: (drawn.append(figure), save(figure, *path, **how))
+    )
+    base = measure(subject(lambda _: None), 1, seconds=1e-9)
+    rows = [
+        dataclasses.replace(base, model=f"a_network_with_a_long_name_{number}", batch_size=size, images_per_second=99.0)
+        for number in range(28)
+        for size in (100, 3, 100)
+    ]
+    plot_speeds(rows, tmp_path / "speed.png", title="a device " * 20)
+    (figure,) = drawn
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["3", "100"]
+    assert len({(line.get_color(), line.get_marker()) for line in axes.lines}) == 28
+    assert all(len(line.get_xdata()) == 2 for line in axes.lines)
+    (legend,) = figure.legends
+    assert "2 px, eager, float32" in legend.get_texts()[0].get_text()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    assert not legend.get_window_extent(renderer).overlaps(axes.get_tightbbox(renderer))
+    assert axes.get_window_extent(renderer).height > 3 * figure.dpi
 
 
 @pytest.mark.parametrize(
@@ -282,6 +313,8 @@ def test_the_plot_is_a_picture(tmp_path, capsys):
             "maxvit_rmlp_pico_rw_256 does not take pictures of 200 x 200: ",
         ),
         (["resnet18", "--way=fused"], "our own networks alone"),
+        ([TINY, "no_such_net"], "timm has no such model either"),
+        ([TINY, f"--batch-size={2**64}"], "less than 2^63"),
         ([TINY, "--plot=speed.doc"], ".png"),
         ([TINY, "--plot=nowhere/speed.png"], "no folder nowhere"),
         ([TINY, "--seconds=0"], "--seconds must be positive"),

@@ -24,6 +24,8 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value >= 2**63:  # what a tensor's size can be
+        raise argparse.ArgumentTypeError(f"must be less than 2^63, got {value}")
     return value
 
 

@@ -7,6 +7,7 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,8 +77,11 @@ def main(argv: Sequence[str]) -> int:
         _check_plot(options.plot, overwrite=options.overwrite)
 
     from mambavision.inference.predictor import find_device
+    from mambavision.measure.subjects import check_name
     from mambavision.measure.timing import describe_protocol
 
+    for model in options.models:
+        check_name(model)  # all of them, before the first is measured
     messages = message_console()
     device = find_device(options.device)
     protocol = describe_protocol(device, options.seconds)
@@ -213,13 +217,15 @@ def _write_csv(measured: Sequence[Measurement], protocol: dict[str, str]) -> Non
 
 def _check_plot(path: Path, *, overwrite: bool) -> None:
     """Find out before measuring what would spoil the plot after it."""
-    if path.suffix not in (".png", ".svg", ".pdf"):
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot must end in .png, .svg or .pdf, got {path}.")
     if not path.parent.is_dir():
         raise UsageError(f"--plot: there is no folder {path.parent}.")
     if path.is_dir():
         raise UsageError(f"--plot: {path} is a folder; name a file.")
     check_free(path, overwrite=overwrite, option="--plot")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--plot: files cannot be written to {path.parent}.")
     if importlib.util.find_spec("matplotlib") is None:
         raise UsageError("--plot needs matplotlib: pip install matplotlib.")
 

@@ -92,6 +92,7 @@ def prepare(
             take this size.
     """
     prepared, compiled, casts = WAYS[way]
+    check_name(name)
     if way == "optimized-float8" and dtype != "bfloat16":
         raise ValueError(f"{way} computes in bfloat16 around its 8-bit convolutions; choose that type, not {dtype}.")
     remedy = "choose another model or device" if img_size is None else "choose another --img-size, model or device"
@@ -127,20 +128,27 @@ def prepare(
     )
 
 
-def _from_timm(name: str, img_size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
+def check_name(name: str) -> None:
+    """UnknownVariantError for what is neither a variant of ours nor a model of timm's."""
+    if name in VARIANTS:
+        return
     try:
         import timm
-    except ImportError as missing:
-        try:
-            get_config(name)
-        except UnknownVariantError as error:
-            raise UnknownVariantError(f"{error} timm, which may have it, is missing: pip install timm.") from missing
-        raise
-    if not timm.is_model(name):
-        try:
-            get_config(name)
-        except UnknownVariantError as error:
-            raise UnknownVariantError(f"{error} timm has no such model either.") from None
+    except ImportError:
+        more = "timm, which may have it, is missing: pip install timm."
+    else:
+        if timm.is_model(name):
+            return
+        more = "timm has no such model either."
+    try:
+        get_config(name)
+    except UnknownVariantError as error:
+        raise UnknownVariantError(f"{error} {more}") from None
+
+
+def _from_timm(name: str, img_size: tuple[int, int] | None) -> tuple[nn.Module, tuple[int, int]]:
+    import timm
+
     sized: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     try:
         model: Any = timm.create_model(name, **sized)

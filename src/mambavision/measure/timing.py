@@ -22,7 +22,8 @@ WARM_UP_PASSES = 5  # at least
 MIN_PASSES = 10
 VERSIONS = ("mambavision", "triton", "timm")  # of what makes the speed beside PyTorch
 LARGEST_BATCH = 4096
-WORTH_DOUBLING = 1.03  # a batch of twice the size must bring so much more images/s for the search to go on
+WORTH_DOUBLING = 1.03  # a larger batch must bring so much more images/s for the search to go on
+DOUBLINGS_IN_VAIN = 2  # in a row, that end it: libraries change their ways with the size, and the first may be slower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measu
 def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Measurement:
     """The measurement of the batch size, doubled from 1, that gives the most images a second.
 
-    It ends where doubling brings less than 3 %, at 4096 pictures, or where memory does.
+    It ends where doubling twice brings less than 3 %, at 4096 pictures, or where memory does.
 
     Args:
         subject: what is measured.
@@ -120,16 +121,16 @@ def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Measurement:
     Raises:
         OutOfMemoryError: not even one picture fits.
     """
-    best = measure(subject, 1, seconds=seconds)
-    while best.batch_size < LARGEST_BATCH:
+    found = [measure(subject, 1, seconds=seconds)]
+    worth_it = 0  # place of the last that was worth doubling for
+    while found[-1].batch_size < LARGEST_BATCH and len(found) <= worth_it + DOUBLINGS_IN_VAIN:
         try:
-            found = measure(subject, 2 * best.batch_size, seconds=seconds)
+            found.append(measure(subject, 2 * found[-1].batch_size, seconds=seconds))
         except OutOfMemoryError:
             break
-        if found.images_per_second < WORTH_DOUBLING * best.images_per_second:
-            return max(best, found, key=lambda measurement: measurement.images_per_second)
-        best = found
-    return best
+        if found[-1].images_per_second >= WORTH_DOUBLING * found[worth_it].images_per_second:
+            worth_it = len(found) - 1
+    return max(found, key=lambda measurement: measurement.images_per_second)
 
 
 def describe_protocol(device: torch.device, seconds: float) -> dict[str, str]:
@@ -170,7 +171,8 @@ def describe_device(device: torch.device) -> str:
     lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
     model = names[0] if names else platform.processor() or platform.machine()
-    return f"{model}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _passes(seconds: float, least: int) -> Iterator[None]:
