@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from mambavision.files import replaced_when_done
-from readme_tables import OURS, REFERENCE, best_ways
+from readme_tables import OURS, REFERENCE, USUAL, best_ways
 
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
@@ -33,7 +33,6 @@ STYLES = {
     "peer": {"color": "#6b7280", "marker": "^", "linestyle": "none", "zorder": 1},
 }
 
-USUAL = "224 x 224"  # size of the pictures; another is said
 MARKER_SIZE = 8  # pixels at the resolution in which names are placed
 LINE_WIDTH = 3  # the same, for the lines between points
 # Where a name may stand beside its point, in points, and which of its sides is there; the first of those is

@@ -27,6 +27,7 @@ from results_file import write_results
 
 OURS = ("T", "T2", "S", "B", "L", "L2")
 WIDE, FLOAT8 = ("L", "L2"), "optimized-float8"  # of which the 8-bit mode is timed too
+TUNED, FULL = ("T", "L"), "optimized-full"  # and those that show what timing the tiles gains
 REFERENCE = "convnext_tiny"
 
 
@@ -62,6 +63,17 @@ PEERS = {
     "regnety_160": Peer(82.9),
     "tiny_vit_21m_224": Peer(83.1),
     "tf_efficientnetv2_s": Peer(83.9, 384),
+    "swin_small_patch4_window7_224": Peer(83.0),
+    "swin_base_patch4_window7_224": Peer(83.5),
+    "mambaout_small": Peer(84.1),
+    "mambaout_base": Peer(84.2),
+    "nextvit_small": Peer(82.5),
+    "nextvit_large": Peer(83.6),
+    "deit3_small_patch16_224": Peer(81.4),
+    "deit3_medium_patch16_224": Peer(83.0),
+    "deit3_large_patch16_224": Peer(84.9),
+    "maxvit_base_tf_224": Peer(84.9),
+    "maxvit_large_tf_224": Peer(85.2),
 }
 LATENCY_OF = ("convnext_tiny",)  # peers that are timed with one picture too
 SIDE = 224
@@ -87,6 +99,7 @@ def main() -> None:
         print(f"{FLOAT8} is left out: {fault}")
     else:
         jobs += [(f"mamba_vision_{name}", FLOAT8, square, (1, 128)) for name in WIDE if name in arguments.ours]
+    jobs += [(f"mamba_vision_{name}", FULL, square, (1, 128)) for name in TUNED if name in arguments.ours]
     if arguments.large:
         jobs += [(name, "optimized", size, (batch,)) for name, size, batch in LARGE]
     for name in arguments.peers:

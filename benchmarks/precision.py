@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that get_cifar10.py wrote")
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--limit", type=int, help="so many training pictures only")
     parser.add_argument("--parallel", type=int, default=1, help="runs side by side")
     parser.add_argument("--only", nargs=3, help=argparse.SUPPRESS)  # autocast, scan and seed, in this process
@@ -86,22 +86,41 @@ def main() -> None:
         print(json.dumps(train(arguments.data, precision, scan, int(seed), arguments.epochs, arguments.limit)))
         return
     jobs = [(way, seed) for seed in range(arguments.seeds) for way in WAYS]
+    found: dict[tuple[tuple[str, str], int], float] = {}
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        found = dict(zip(jobs, pool.map(lambda job: train_apart(arguments, *job), jobs), strict=True))
+        for job, running in [(job, pool.submit(train_apart, arguments, *job)) for job in jobs]:
+            found[job] = running.result()
+            write(found, arguments.epochs, arguments.limit)  # all so far: a run of hours may be cut
+    print_rows(summary(found))
+
+
+def summary(found: dict[tuple[tuple[str, str], int], float]) -> list[dict[str, Any]]:
+    """A row a way: top-1 of each seed that has ended, their mean, and that of the differences from the first way."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows: list[dict[str, Any]] = []
-    for precision, scan in WAYS:
-        top1 = [found[(precision, scan), seed] for seed in range(arguments.seeds)]
-        chosen = choose_backend(torch.empty(1, 1, 1, device=device), scan).backend.name
-        row = {"precision": precision, "scan": chosen, "mean": round(statistics.mean(top1), 2)}
-        row |= {f"seed_{seed}": value for seed, value in enumerate(top1)}
+    for way in WAYS:
+        top1 = {seed: value for (other, seed), value in found.items() if other == way}
+        both = [seed for seed in top1 if (WAYS[0], seed) in found]
+        if not both:
+            continue
+        chosen = choose_backend(torch.empty(1, 1, 1, device=device), way[1]).backend.name
+        row = {"precision": way[0], "scan": chosen, "mean": round(statistics.mean(top1.values()), 2)}
+        row |= {f"seed_{seed}": value for seed, value in sorted(top1.items())}
+        row["difference"] = round(statistics.mean(top1[seed] - found[WAYS[0], seed] for seed in both), 2)
         rows.append(row)
-    for row in rows:
-        row["difference"] = round(row["mean"] - rows[0]["mean"], 2)
-    print_rows(rows)
-    pictures = f"{arguments.limit or 50_000:,} training pictures"
-    note = f"{MODEL}, CIFAR-10, {arguments.epochs} epochs on {pictures}, top-1 % on the 10,000 test pictures."
-    write_results("precision", rows, note=note)
+    return rows
+
+
+def write(found: dict[tuple[tuple[str, str], int], float], epochs: int, limit: int | None) -> None:
+    """Results so far."""
+    pictures = f"{limit or 50_000:,} training pictures"
+    note = (
+        f"{MODEL}, CIFAR-10, {epochs} epochs on {pictures}, top-1 % on the 10,000 test pictures; differences are means "
+        "of those seed by seed."
+    )
+    if len({sum(other == way for other, _ in found) for way in WAYS}) > 1:
+        note += " Not all runs had ended."
+    write_results("precision", summary(found), note=note)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mambavision import create_model
 from mambavision.config import VARIANTS
+from mambavision.models.complexity import count_complexity
 from mambavision.weights import WEIGHTS
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +32,7 @@ MARKER = re.compile(r"<!-- (?:begin|end):[\w-]+ -->")
 UNMEASURED = "*Not measured yet.*"
 OURS = "mamba_vision_"  # what the names of our models begin with
 REFERENCE = "convnext_tiny"  # which every run times: what `relative` is relative to
+USUAL = "224 x 224"  # pixels of most pictures
 LARGE = "convnext_large"  # to which the largest of ours are compared, too
 
 
@@ -134,6 +137,22 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("megapixels_per_second", "megapixels/s", ","),
         Column("usual", "at 224 px, batch 128", ","),
         Column("ratio", "ratio", ".2f"),
+        Column("work", "multiply-adds a pixel, ratio", ".2f"),
+    ),
+    "gpu_latency": (
+        Column("model", "model"),
+        Column("milliseconds", "ms", ".2f"),
+        Column("relative", "relative to convnext_tiny", ".2f"),
+        Column("original", "the original / ms", ".2f"),
+        Column("over_original", "ours over the original", ".1f"),
+    ),
+    "gpu_training_rivals": (
+        Column("model", "model"),
+        Column("images_per_second", "images/s", ","),
+        Column("peak_gib", "peak / GiB", ".1f"),
+        Column("original", "the original's images/s", ","),
+        Column("original_peak_gib", "its peak / GiB", ".1f"),
+        Column("over_original", "ours over the original", ".2f"),
     ),
     "others_h200": (
         Column("model", "model"),
@@ -157,6 +176,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     ),
     "first_result": (
         Column("model", "model"),
+        Column("mode", "mode"),
         Column("batch_1_s", "first result, batch 1 / s", ".1f"),
         Column("batch_128_s", "then batch 128 / s", ".1f"),
         Column("batch_129_s", "then batch 129 / s", ".1f"),
@@ -274,11 +294,56 @@ def by_pixels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     usual = {
         row["model"]: row["megapixels_per_second"]
         for row in rows
-        if row["batch"] == 128 and row["way"] == "optimized" and row["picture"] == "224 x 224"
+        if row["batch"] == 128 and row["way"] == "optimized" and row["picture"] == USUAL
     }
-    large = [row for row in rows if row["model"].startswith(OURS) and row["picture"] != "224 x 224"]
-    pairs = [row | {"usual": usual["_".join(row["model"].split("_")[:3])]} for row in large]
-    return [row | {"ratio": row["megapixels_per_second"] / row["usual"]} for row in pairs]
+    large = [row for row in rows if row["model"].startswith(OURS) and row["picture"] != USUAL]
+    pairs = []
+    for row in large:
+        same = "_".join(row["model"].split("_")[:3])
+        height, width = map(int, row["picture"].split(" x "))
+        work = _work_of_pixel(row["model"], height, width) / _work_of_pixel(same, 224, 224)
+        ratio = row["megapixels_per_second"] / usual[same]
+        pairs.append(row | {"usual": usual[same], "ratio": ratio, "work": work})
+    return pairs
+
+
+def _work_of_pixel(model: str, height: int, width: int) -> float:
+    """Multiply-adds, padding included."""
+    return count_complexity(create_model(model, device="meta"), (height, width)).macs / (height * width)
+
+
+def latencies(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One picture through ours and through the original, by the ratios to compiled convnext_tiny of both runs."""
+    single = {(row["model"], row["way"]): row for row in rows if row["batch"] == 1 and row["picture"] == USUAL}
+    original = {row["model"]: row["milliseconds"] for row in others}
+    pairs = []
+    for row in others:
+        ours = single.get((row["model"], "optimized"))
+        if row["kind"] == "original" and ours is not None:
+            relative = single[REFERENCE, "compile"]["milliseconds"] / ours["milliseconds"]
+            over = relative * row["milliseconds"] / original[REFERENCE]
+            numbers = {"relative": relative, "original": row["milliseconds"], "over_original": over}
+            pairs.append({key: ours[key] for key in ("model", "milliseconds")} | numbers)
+    return pairs
+
+
+def training_rivals(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Training ours and the original, by the ratios to convnext_tiny without a compiler, which both runs timed."""
+    ours = {(row["model"], row["way"]): row for row in rows}
+    speed = {row["model"]: row["images_per_second"] for row in others}
+    pairs = []
+    for row in others:
+        own = ours.get((row["model"], "compiled"))
+        if row["kind"] == "original" and own is not None:
+            relative = own["images_per_second"] / ours[REFERENCE, "eager"]["images_per_second"]
+            over = relative / (row["images_per_second"] / speed[REFERENCE])
+            numbers = {
+                "original": row["images_per_second"],
+                "original_peak_gib": row["peak_gib"],
+                "over_original": over,
+            }
+            pairs.append({key: own[key] for key in ("model", "images_per_second", "peak_gib")} | numbers)
+    return pairs
 
 
 # Tables that show a part of other files; the origin of the first stands below the table.
@@ -286,6 +351,8 @@ PARTS: dict[str, tuple[tuple[str, ...], Callable[..., list[dict[str, Any]]]]] = 
     "gpu_front": (("gpu_inference",), best_ways),
     "gpu_rivals": (("gpu_inference", "others_h200"), rivals),
     "gpu_pixels": (("gpu_inference",), by_pixels),
+    "gpu_latency": (("gpu_inference", "others_latency_h200"), latencies),
+    "gpu_training_rivals": (("gpu_training", "others_training_h200"), training_rivals),
 }
 SHOWN_VERSIONS = ("python", "torch", "timm")  # the result has the others too
 

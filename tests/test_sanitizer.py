@@ -1,4 +1,4 @@
-"""The kernels under NVIDIA's compute-sanitizer: they read and write nothing but what is theirs."""
+"""The kernels under NVIDIA's compute-sanitizer: they touch only what is theirs, and wait where they must."""
 
 import os
 import shutil
@@ -27,11 +27,20 @@ def sanitizer():
 
 @pytest.mark.parametrize("file", FILES)
 def test_kernels_stay_inside_their_memory(file, sanitizer):
+    check(sanitizer, "memcheck", file)
+
+
+def test_the_kernel_with_barriers_of_its_own_uses_them_rightly(sanitizer):
+    check(sanitizer, "synccheck", "hopper")
+
+
+def check(sanitizer, tool, file):
+    """Run a file's tests under one of the sanitizer's tools."""
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0"]
     tests += [f"tests/test_{file}.py", "-k", " and ".join(f"not {word}" for word in LEFT_OUT)]
     done = subprocess.run(
         # Not what the driver answers: CUDA's bindings ask for functions that it may not have. A failing launch raises.
-        [sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", str(ERROR), *tests],
+        [sanitizer, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(ERROR), *tests],
         cwd=Path(__file__).parents[1],
         # Every tensor by itself: inside PyTorch's blocks of memory a read beside a tensor would be allowed.
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},

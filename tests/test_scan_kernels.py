@@ -159,6 +159,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from mambavision.ops.selective_scan import kernels
+from mambavision.ops.selective_scan.triton_op import AHEAD
 
 FLOAT32 = {"A", "D", "dt_bias", "starts", "saved", "ends", "sums", "entering"}
 FLOAT32 |= {"grad_BC", "grad_constants"}
@@ -176,11 +177,12 @@ for data in ("bf16", "fp16", "fp32"):
     shared = dict(rows, N=8, WIDTH=4, PAIRED=data != "fp32", BLOCK=32, GROUP=4, WHOLE=True, FULL=True)
     shared |= dict(HAS_D=True, HAS_BIAS=True)
     for starts, save, ends in ((False, True, False), (True, False, False), (False, False, True)):
-        build(kernels.walk_kernel, data, dict(shared, y_row=320, STARTS=starts, SAVE=save, ENDS=ends))
+        short = not save and data != "fp32"
+        build(kernels.walk_kernel, data, dict(shared, y_row=320, STARTS=starts, SAVE=save, ENDS=ends, SHORT=short))
     for ends in (False, True):
         build(kernels.backward_kernel, data, dict(shared, grad_y_row=320, STARTS=True, ENDS=ends, LEVELS=4))
 for reverse in (False, True):
-    build(kernels.stitch_kernel, "fp32", dict(N=8, BLOCK=128, AHEAD=16, REVERSE=reverse))
+    build(kernels.stitch_kernel, "fp32", dict(N=8, BLOCK=128, AHEAD=AHEAD, REVERSE=reverse))
 """
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conftest import GOLDEN
+from mambavision.ops import backend as backends_module
 from mambavision.ops import selective_scan
 from mambavision.ops.backend import Situation, select
 from mambavision.ops.selective_scan import BACKENDS, choose_backend
@@ -277,6 +278,29 @@ def test_selection_passes_over_what_cannot_run_and_says_why():
         select("scan", backends, Situation("cpu", torch.float32, 49, 8), "fast")
     with pytest.raises(RuntimeError, match="No backend of scan"):
         select("scan", (fast,), Situation("cpu", torch.float32, 49, 8))
+
+
+def test_what_triton_misses_is_said_once_on_a_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(backends_module, "triton_fault", lambda: "Triton finds no C compiler")
+    backends_module._say_once.cache_clear()
+    for device in ("cpu", "cuda", "cuda"):
+        assert select("scan", BACKENDS, Situation(device, torch.float32, 49, 8)).backend.name == "chunked"
+    assert [record.getMessage() for record in caplog.records] == [
+        "On the GPU slower code runs in place of the kernels: Triton finds no C compiler."
+    ]
+    backends_module._say_once.cache_clear()
+
+
+def test_a_compiler_and_its_headers_are_looked_for(monkeypatch, tmp_path):
+    for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "no C compiler" in backends_module._launcher_fault()
+    (tmp_path / "gcc").touch(mode=0o755)
+    monkeypatch.setattr(backends_module.sysconfig, "get_path", lambda *_: str(tmp_path))
+    assert "Python.h" in backends_module._launcher_fault()
+    (tmp_path / "Python.h").touch()
+    assert backends_module._launcher_fault() is None
 
 
 # --- mamba_ssm --------------------------------------------------------------------------------------------------------

@@ -6,13 +6,20 @@ metadata alone, so that torch.compile and torch.export see the chosen implementa
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
 Result = TypeVar("Result")  # of an op
+_logger = logging.getLogger("mambavision")
 
 
 class Situation(NamedTuple):
@@ -54,6 +61,21 @@ class Choice(Generic[Result]):
     reason: str
 
 
+def _launcher_fault() -> str | None:
+    """What Triton misses to build its launchers, which are in C, or None."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton finds no C compiler for what launches its kernels (CC, gcc or clang)"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does on Debian
+    header = Path(sysconfig.get_path("include", scheme), "Python.h")
+    elsewhere = os.environ.get("CPATH") or os.environ.get("C_INCLUDE_PATH")
+    if not (header.exists() or elsewhere):
+        return f"Triton finds no {header} for what launches its kernels (python3-dev or python3-devel)"
+    return None
+
+
+_LAUNCHER_FAULT = _launcher_fault()  # once, and not while a compiler traces
+
+
 def triton_fault() -> str | None:
     """What is wrong with the installed Triton, or None; torch.compile follows it."""
     try:
@@ -61,7 +83,14 @@ def triton_fault() -> str | None:
     except ImportError:
         return "Triton is not installed"
     version: str = triton.__version__
-    return None if tuple(map(int, version.split(".")[:2])) >= (3, 3) else f"Triton {version} is older than 3.3"
+    if tuple(map(int, version.split(".")[:2])) < (3, 3):
+        return f"Triton {version} is older than 3.3"
+    return _LAUNCHER_FAULT
+
+
+@cache
+def _say_once(fault: str) -> None:
+    _logger.warning("On the GPU slower code runs in place of the kernels: %s.", fault)
 
 
 def refuse_kernels(situation: Situation) -> str | None:
@@ -125,6 +154,8 @@ def select(
                 return Choice(backend, "requested")
         names = ", ".join(backend.name for backend in backends)
         raise ValueError(f"Unknown backend {requested!r} of {op}; choose auto or one of {names}.")
+    if situation.device_type == "cuda" and not torch.compiler.is_compiling() and (fault := triton_fault()) is not None:
+        _say_once(fault)
     refusals: list[str] = []
     for backend in backends:
         if not backend.automatic:
