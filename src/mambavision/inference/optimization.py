@@ -61,7 +61,10 @@ def optimize(
     if isinstance(model, _AnyType):
         raise ValueError("The model is optimised already; pass the one that it was made of.")
     if isinstance(model, MambaVision) and model.pool_type != "avg":
-        raise ValueError(f"optimize takes networks that average their last map, not {model.pool_type!r}; use `fuse`.")
+        raise ValueError(
+            f"optimize takes networks that average their last map, not {model.pool_type!r}; use `fuse`, or for feature "
+            "maps a network of mambavision.create_model(..., features_only=True)."
+        )
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
     fused = fuse(model)
