@@ -14,10 +14,13 @@ test: $(VENV)/dev-installed
 lint: $(VENV)/dev-installed
 	PATH="$(abspath $(BIN)):$$PATH" .ci/lint
 
-# What the tables in README.md and docs/ are made of; DATA=PATH is where get_cifar10.py wrote. An hour or two.
+# What the tables in README.md and docs/ are made of; DATA=PATH is where get_cifar10.py wrote. An hour or two. Left to be
+# run by itself is ablation.py, which trains for days on a CPU.
 DATA ?= data/cifar10
 bench: $(VENV)/dev-installed
 	$(BIN)/python benchmarks/parity.py
+	$(BIN)/python benchmarks/cifar10.py --data $(DATA)
+	$(BIN)/python benchmarks/float8_error.py $(DATA)/val.npz
 	$(BIN)/python benchmarks/cpu.py
 	$(BIN)/python benchmarks/cpu_formats.py
 	$(BIN)/python benchmarks/formats.py $(DATA)
