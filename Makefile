@@ -14,8 +14,8 @@ test: $(VENV)/dev-installed
 lint: $(VENV)/dev-installed
 	PATH="$(abspath $(BIN)):$$PATH" .ci/lint
 
-# What the tables in README.md and docs/ are made of; DATA=PATH is where get_cifar10.py wrote. An hour or two. Left to be
-# run by itself is ablation.py, which trains for days on a CPU.
+# What the tables in README.md and docs/ are made of; DATA=PATH is where get_cifar10.py wrote. An hour or two. To be
+# run by itself, on a GPU, is ablation.py, which trains a network for each choice and seed.
 DATA ?= data/cifar10
 bench: $(VENV)/dev-installed
 	$(BIN)/python benchmarks/parity.py
