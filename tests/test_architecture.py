@@ -21,7 +21,7 @@ ALLOWED = {
     "engine": {"data", "factory", "inference.predictor", "inference.preprocess", "models.classifier", "weights"},
     "data": {"inference.images", "inference.picture_files"},
     "export": {"inference", "models", "ops"},
-    "measure": {"factory", "inference.fuse", "inference.optimization", "layers", "models"},
+    "measure": {"factory", "inference.cudnn", "inference.fuse", "inference.optimization", "layers", "models"},
     "inference": {"factory", "layers", "models", "ops"},
     "factory": {"models", "weights"},
     "models": {"layers"},

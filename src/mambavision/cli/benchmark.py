@@ -9,7 +9,8 @@ import io
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from mambavision.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import Console
 
     from mambavision.measure.subjects import Subject
@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         _check_plot(options.plot, overwrite=options.overwrite)
 
     from mambavision.inference.predictor import find_device
-    from mambavision.measure.subjects import check_name
+    from mambavision.measure.subjects import check_name, prepare
     from mambavision.measure.timing import describe_protocol
 
     for model in options.models:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         messages.print(f"{name}: {value}")
     found = _Found()
     try:
-        _measure_models(options, device, messages, found)
+        _measure_models(options, partial(prepare, device=device, img_size=options.img_size), messages, found)
     except KeyboardInterrupt:
         found.problems.append("Stopped; what follows was measured before." if found.measured else "Stopped.")
         _report(options, protocol, messages, found)
@@ -111,16 +111,17 @@ class _Found:
         self.refusals: list[tuple[str, ValueError]] = []
 
 
-def _measure_models(options: argparse.Namespace, device: torch.device, messages: Console, found: _Found) -> None:
+def _measure_models(
+    options: argparse.Namespace, prepare: Callable[..., Subject], messages: Console, found: _Found
+) -> None:
     """Every combination, in turn."""
     from mambavision.measure.memory import OutOfMemoryError
-    from mambavision.measure.subjects import prepare
 
     for model in options.models:
         for way in options.way:
             for dtype in ("bfloat16",) if way == FLOAT8 else options.dtype:
                 try:
-                    subject = prepare(model, way=way, dtype=dtype, device=device, img_size=options.img_size)
+                    subject = prepare(model, way=way, dtype=dtype)
                 except OutOfMemoryError as error:
                     found.problems.append(str(error))
                     continue
