@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SUMMARY = "Measure speed and memory of networks, ours and timm's."
 AUTO = "auto"
 FLOAT8 = "optimized-float8"  # bfloat16 around its convolutions, whatever --dtype says
+NAME_WIDTH = 24  # columns that a name has in the table at least, if it is so long
 WAYS = ("eager", "compile", "fused", "fused-compile", "optimized", "optimized-full", FLOAT8)
 
 
@@ -183,7 +184,8 @@ def _write_table(measured: Sequence[Measurement], protocol: dict[str, str]) -> N
     from rich.table import Table
 
     table = Table(title=protocol["device"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("model, parameters, work", overflow="fold")
+    longest = max(len(entry.model) for entry in measured)  # names are folded last
+    table.add_column("model, parameters, work", overflow="fold", min_width=min(longest, NAME_WIDTH))
     table.add_column("way", overflow="fold")
     for column in ("px", "batch", "images/s", "ms", "p90", "MiB"):
         table.add_column(column, justify="right", no_wrap=True)
