@@ -90,7 +90,7 @@ def main() -> None:
     with ThreadPoolExecutor(arguments.parallel) as pool:
         for job, running in [(job, pool.submit(train_apart, arguments, *job)) for job in jobs]:
             found[job] = running.result()
-            write(found, arguments.epochs, arguments.limit)  # all so far: a run of hours may be cut
+            write(found, arguments.epochs, arguments.limit, ended=len(found) == len(jobs))  # a run of hours may be cut
     print_rows(summary(found))
 
 
@@ -111,14 +111,14 @@ def summary(found: dict[tuple[tuple[str, str], int], float]) -> list[dict[str, A
     return rows
 
 
-def write(found: dict[tuple[tuple[str, str], int], float], epochs: int, limit: int | None) -> None:
+def write(found: dict[tuple[tuple[str, str], int], float], epochs: int, limit: int | None, *, ended: bool) -> None:
     """Results so far."""
     pictures = f"{limit or 50_000:,} training pictures"
     note = (
         f"{MODEL}, CIFAR-10, {epochs} epochs on {pictures}, top-1 % on the 10,000 test pictures; differences are means "
         "of those seed by seed."
     )
-    if len({sum(other == way for other, _ in found) for way in WAYS}) > 1:
+    if not ended:
         note += " Not all runs had ended."
     write_results("precision", summary(found), note=note)
 

@@ -176,7 +176,6 @@ TABLES: dict[str, tuple[Column, ...]] = {
     ),
     "first_result": (
         Column("model", "model"),
-        Column("mode", "mode"),
         Column("batch_1_s", "first result, batch 1 / s", ".1f"),
         Column("batch_128_s", "then batch 128 / s", ".1f"),
         Column("batch_129_s", "then batch 129 / s", ".1f"),

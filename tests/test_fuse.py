@@ -228,6 +228,26 @@ def test_norms_of_batches_are_refused():
         fuse(model)
 
 
+def test_a_frozen_norm_that_hides_its_epsilon_is_refused():
+    model = with_frozen_norms(trained())
+    del model.levels[0].blocks[0].norm1.eps
+    with pytest.raises(ValueError, match=r"norm1 \(FrozenBatchNorm2d\) cannot be folded"):
+        fuse(model)
+
+
+def test_a_wrapped_forward_is_refused_and_an_unwrapped_one_is_not():
+    model, images = trained().eval(), torch.randn(2, 3, 64, 64)
+    expected = outputs(model, images)[0]
+    for module in model.modules():
+        module.forward = module.forward  # as some unwrappers leave it
+    model.levels[2].blocks[0].mixer.compile(backend="eager")  # which a copy does not keep
+    with torch.no_grad():
+        torch.testing.assert_close(fuse(model)(images), expected, rtol=1e-4, atol=1e-4)
+    model.forward = lambda x: x
+    with pytest.raises(ValueError, match="forward is wrapped"):
+        fuse(model)
+
+
 def test_an_adapted_head_is_called():
     model = trained().eval()
     model.head = Adapted(model.head.in_features, model.head.out_features)
@@ -239,7 +259,7 @@ def test_an_adapted_head_is_called():
 def test_training_mode_changes_nothing():
     model = trained(drop_path_rate=0.9, drop_rate=0.9, attn_drop_rate=0.9).eval()
     images = torch.randn(2, 3, 64, 64)
-    for network in (model, trained(drop_path_rate=0.9, features_only=True).eval()):
+    for network in (model, trained(drop_path_rate=0.9, attn_drop_rate=0.9, features_only=True).eval()):
         fused = fuse(network)
         expected, found = outputs(fused, images), outputs(fused.train(), images)
         for one, other in zip(found, expected, strict=True):

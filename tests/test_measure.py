@@ -82,6 +82,17 @@ def test_what_fails_does_not_take_the_rest_along(capsys, monkeypatch):
     assert f"{TINY}, compile, float32, batch 1 could not be measured: RuntimeError: no compiler\n" in captured.err
 
 
+def test_what_cannot_be_made_does_not_take_the_rest_along(capsys, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no such kernel\nat all")
+
+    monkeypatch.setattr("mambavision.measure.subjects.fuse", broken)
+    assert main(["benchmark", TINY, "--way", "eager", "fused", *QUICK, "--format=json"]) == 1
+    captured = capsys.readouterr()
+    assert [row["way"] for row in json.loads(captured.out)["rows"]] == ["eager"]
+    assert f"{TINY}, fused, float32 cannot be made: RuntimeError: no such kernel\n" in captured.err
+
+
 def test_an_interrupted_run_gives_what_is_done(capsys, monkeypatch, tmp_path):
     def interrupted(subject, batch_size, **how):
         if batch_size == 4:
@@ -102,7 +113,7 @@ def test_an_interrupted_run_gives_what_is_done(capsys, monkeypatch, tmp_path):
 
 def test_sizes_that_timms_models_fail_on_leave_the_rest(capsys):
     pytest.importorskip("timm")
-    models = ["vit_tiny_patch16_224", "levit_128s", "convnext_atto"]
+    models = ["vit_tiny_patch16_224", "levit_128s", "convnext_atto", "test_vit_relpos"]
     assert main(["benchmark", TINY, *models, "--img-size=8", "--device=cpu", "--seconds=0.01"]) == 1
     captured = capsys.readouterr()
     assert captured.out.count(" GMACs") == 1

@@ -11,6 +11,7 @@ import torch
 from deterministic_weights import deterministic_images
 from mambavision import create_model
 from mambavision.inference import gpu, optimize
+from mambavision.inference.cpu import can_pack
 from mambavision.inference.cudnn import fastest_convolutions
 from mambavision.inference.fuse import fuse
 from mambavision.inference.graphs import MAX_GRAPHS, MAX_REMEMBERED, RECORDED_AT, REPLACING_AT, GraphRunner
@@ -118,24 +119,40 @@ def test_overlapping_calls_leave_cudnns_setting_as_it_was(monkeypatch):
     assert not torch.backends.cudnn.benchmark
 
 
-@pytest.mark.parametrize("part", ["conv_down.2", "blocks.0.act1", "mlp.act"])
+@pytest.mark.skipif(not can_pack(torch.float32), reason="nothing is replaced here")
+@pytest.mark.parametrize("part", ["blocks.0.act1", "mlp.act"])
 def test_other_activations_are_refused(part):
     model = trained()
-    where = {"conv_down.2": model.patch_embed, "blocks.0.act1": model.levels[0], "mlp.act": model.levels[2].blocks[0]}
+    where = {"blocks.0.act1": model.levels[0], "mlp.act": model.levels[2].blocks[0]}
     owner, _, name = part.rpartition(".")
     setattr(where[part].get_submodule(owner), name, torch.nn.SiLU())
     with pytest.raises(ValueError, match=rf"{part} is SiLU\(\), and the kernels compute .*; use `fuse`"):
         optimize(model)
 
 
+@pytest.mark.skipif(not can_pack(torch.float32), reason="nothing is replaced here")
 def test_hooks_that_would_be_lost_are_refused():
-    model = trained()
+    model = trained().eval()
     handle = model.levels[0].blocks[0].register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match=r"levels.0.blocks.0 has a hook, which the copy would not call"):
         optimize(model)
     handle.remove()
-    model.register_forward_hook(lambda *_: None)  # of the whole, which is called
-    optimize(model)
+    called = []
+    kept = (model, model.levels[0], model.levels[2].blocks[0])  # which a copy for a CPU calls
+    for module in kept:
+        module.register_forward_hook(lambda *_: called.append(1))
+    optimize(model)(torch.randn(1, 3, 64, 64))
+    assert len(called) == len(kept)
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="nothing is replaced here")
+def test_a_head_can_be_assigned_in_any_type():
+    model, images = trained().eval(), torch.randn(2, 3, 64, 64)
+    fast = optimize(model, dtype=torch.bfloat16)
+    for head in (torch.nn.Linear(model.num_features, 5), torch.nn.Sequential(torch.nn.Linear(model.num_features, 5))):
+        fast.head = head
+        with torch.no_grad():
+            assert difference(fast(images), fast.forward_head(fast.forward_features(images))) < 2e-2
 
 
 def test_every_result_has_the_type_of_the_pictures():

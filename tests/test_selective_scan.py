@@ -295,11 +295,16 @@ def test_a_compiler_and_its_headers_are_looked_for(monkeypatch, tmp_path):
     for name in ("CC", "CPATH", "C_INCLUDE_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(sys, "platform", "linux")
     assert "no C compiler" in backends_module._launcher_fault()
     (tmp_path / "gcc").touch(mode=0o755)
     monkeypatch.setattr(backends_module.sysconfig, "get_path", lambda *_: str(tmp_path))
     assert "Python.h" in backends_module._launcher_fault()
     (tmp_path / "Python.h").touch()
+    assert backends_module._launcher_fault() is None
+    (tmp_path / "gcc").unlink()
+    (tmp_path / "cache" / "built before").mkdir(parents=True)
     assert backends_module._launcher_fault() is None
 
 

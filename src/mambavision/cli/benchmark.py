@@ -92,13 +92,13 @@ def main(argv: Sequence[str]) -> int:
     try:
         _measure_models(options, partial(prepare, device=device, img_size=options.img_size), messages, found)
     except KeyboardInterrupt:
+        found.problems += found.refused()
         found.problems.append("Stopped; what follows was measured before." if found.measured else "Stopped.")
         _report(options, protocol, messages, found)
         raise
     if found.refusals and not found.measured and not found.problems:
         raise UsageError(str(found.refusals[0][1])) from found.refusals[0][1]
-    # Each once, not for every type.
-    found.problems += dict.fromkeys(f"{what}: {error}" for what, error in found.refusals)
+    found.problems += found.refused()
     _report(options, protocol, messages, found)
     return 1 if found.problems else 0
 
@@ -111,12 +111,17 @@ class _Found:
         self.problems: list[str] = []
         self.refusals: list[tuple[str, ValueError]] = []
 
+    def refused(self) -> list[str]:
+        """A sentence for each refusal; each once, not for every type."""
+        return list(dict.fromkeys(f"{what}: {error}" for what, error in self.refusals))
+
 
 def _measure_models(
     options: argparse.Namespace, prepare: Callable[..., Subject], messages: Console, found: _Found
 ) -> None:
     """Every combination, in turn."""
     from mambavision.measure.memory import OutOfMemoryError
+    from mambavision.measure.subjects import first_line
 
     for model in options.models:
         for way in options.way:
@@ -128,6 +133,10 @@ def _measure_models(
                     continue
                 except ValueError as error:
                     found.refusals.append((f"{model}, {way}", error))
+                    continue
+                except Exception as error:  # of a network of timm's; the others are still measured
+                    what = f"{model}, {way}, {dtype}"
+                    found.problems.append(f"{what} cannot be made: {type(error).__name__}: {first_line(error)}")
                     continue
                 size = f"{subject.parameters / 1e6:.1f} M parameters, {subject.macs / 1e9:.2f} GMACs"
                 messages.print(f"{model}, {way}, {dtype}: {size}")

@@ -18,15 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambavision.inference.fuse import FusedMixer
+from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
+from mambavision.layers.drop_path import DropPath
 from mambavision.layers.stem import Downsample, Stem
-from mambavision.layers.token_block import TokenBlock
+from mambavision.layers.token_block import Mlp, TokenBlock
 from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.ops import selective_scan
 
 # Tokens and pixels that oneDNN lays the weights out for: those of a 224 px picture. Others run too.
 _ROWS = 196
 _SIDE = 28
+# Modules of the network that are still called when weights are packed.
+CALLED_WHEN_PACKED: tuple[type, ...] = (Stem, Downsample, TokenBlock, Mlp, Attention, DropPath, nn.Sequential, nn.ReLU)
 UNSAVED = (
     "The weights of a network optimised for a CPU are laid out for this machine and cannot be saved; save the model "
     "that it was made of."

@@ -9,6 +9,7 @@ so that folding loses nothing that the weights' own type can hold.
 from __future__ import annotations
 
 import copy
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,7 +20,7 @@ from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.drop_path import DropPath
 from mambavision.layers.mixer import MambaVisionMixer, TokenConv
-from mambavision.layers.plain import are_plain, has_own_hooks
+from mambavision.layers.plain import are_plain, has_own_hooks, has_wrapped_forward
 from mambavision.layers.stem import FewChannelConv, Stem
 from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import MambaVisionBackbone
@@ -33,8 +34,8 @@ Network = TypeVar("Network", bound=MambaVisionBackbone)
 def fuse(model: Network) -> Network:
     """A copy of `model` for inference that computes the same with everything folded; `model` itself is left as it is.
 
-    The copy has the interface of `model` and computes as in evaluation mode, whatever mode it is set to. Its state dict
-    is its own: save `model` instead.
+    The copy has the interface of `model` and computes as in evaluation mode, whatever mode it is set to; only timm's
+    form of a classifier must be left in that mode. Its state dict is its own: save `model` instead.
 
     Raises:
         TypeError: the model is no network of this package.
@@ -44,9 +45,12 @@ def fuse(model: Network) -> Network:
     check_network(model, "fuse")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("A model on the meta device has no weights to fold; load them first.")
+    if has_wrapped_forward(model):
+        raise ValueError("The model's forward is wrapped, which would call the model itself; unwrap it first.")
     for name, module in model.named_modules():
         _check_foldable(name, module)
     fused = copy.deepcopy(model).eval().requires_grad_(False)
+    fused.__dict__.pop("forward", None)  # its class's own, which would hide that of the class it gets
     for module in list(fused.modules()):
         if isinstance(module, Stem):
             _fuse_stem(module)
@@ -78,21 +82,26 @@ def check_network(model: object, user: str) -> None:
 class FusedMambaVision(MambaVision):
     """A classifier whose final norm is part of its head; `forward_features` still gives the map after the norm.
 
-    Another head or norm can be assigned; weights of the head that are changed in place are not seen.
+    Another head or norm can be assigned, with its weights in it: those that are changed in place later are not seen.
     """
 
     def fold_head(self) -> None:
         """Form the head for a pooled vector that has not passed the norm."""
-        head = copy.deepcopy(self.head)
+        head = self.head
         if _is_batch_norm(self.norm) and not has_own_hooks(self.norm) and are_plain(head) and type(head) is nn.Linear:
+            head = copy.deepcopy(head)
             _scale_input(head, *_scale_and_shift(self.norm))
             self._head_of_maps: nn.Module | None = head
         else:
             self._head_of_maps = None
 
     def __setattr__(self, name: str, value: Any) -> None:
+        assigned = name in ("head", "norm") and hasattr(self, "_head_of_maps")
+        if assigned:
+            like = next(chain(self.norm.buffers(), self.parameters()))
+            value = value.to(device=like.device, dtype=like.dtype)
         super().__setattr__(name, value)
-        if name in ("head", "norm") and hasattr(self, "_head_of_maps"):
+        if assigned:
             self.fold_head()
 
     def train(self, mode: bool = True) -> FusedMambaVision:  # noqa: ARG002  (always evaluates)
@@ -142,7 +151,7 @@ class FusedMixer(CastWithExact):
         return self.out_proj(torch.cat([y, z], dim=-1))
 
 
-# Of what each module is folded: of these layers nothing but their numbers is kept.
+# Whose numbers are rewritten or taken over, of each module.
 _WEIGHTS: dict[type[nn.Module], tuple[str, ...]] = {
     Stem: ("conv_down.0", "conv_down.3"),
     ConvBlock: ("conv1", "conv2"),
@@ -181,7 +190,7 @@ def _is_batch_norm(norm: nn.Module) -> bool:
     """Whether it scales and shifts by running statistics: PyTorch's, synchronised or not, or a frozen one."""
     frozen = type(norm).__name__ == "FrozenBatchNorm2d"  # torchvision and detection libraries have their own
     known = type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) or frozen
-    return known and getattr(norm, "running_var", None) is not None
+    return known and getattr(norm, "running_var", None) is not None and hasattr(norm, "eps")
 
 
 # Blocks and mixers are `Any` below, since modules are replaced by others.

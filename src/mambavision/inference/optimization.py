@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mambavision.config import NUM_LEVELS
-from mambavision.inference.cpu import UNSAVED, Packed, has_fast_bfloat16, optimize_for_cpu
+from mambavision.inference.cpu import CALLED_WHEN_PACKED, UNSAVED, Packed, can_pack, has_fast_bfloat16, optimize_for_cpu
 from mambavision.inference.cudnn import fastest_convolutions
 from mambavision.inference.fuse import FusedMambaVision, check_network, fuse
 from mambavision.inference.gpu import KernelStem, KernelTokens, use_kernels
@@ -20,7 +20,7 @@ from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.plain import has_own_hooks
 from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import Mlp
-from mambavision.models.backbone import MambaVisionBackbone
+from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 from mambavision.ops.backend import Situation, refuse_inference_kernels
 from mambavision.ops.float8 import refuse_float8_kernels
@@ -68,7 +68,6 @@ def optimize(
     if mode not in get_args(Mode):
         raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
     fused = fuse(model)
-    _check_as_built(model)
     device = next(fused.parameters()).device
     float8 = dtype == torch.float8_e4m3fn
     if float8:
@@ -79,6 +78,8 @@ def optimize(
         dtype = torch.bfloat16
     if device.type == "cpu":
         dtype = dtype or (torch.bfloat16 if has_fast_bfloat16() else torch.float32)
+        if can_pack(dtype):
+            _check_as_built(model, called=(*_CALLED, *CALLED_WHEN_PACKED))
         return _of_kind(optimize_for_cpu(fused, dtype=dtype, mode=mode), _CpuClassifier, _CpuBackbone, dtype)
     if dtype is None:
         dtype = torch.float32
@@ -87,12 +88,15 @@ def optimize(
                 dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     fault = refuse_inference_kernels(Situation(device.type, dtype))
     if fault is None:
+        _check_as_built(model, called=_CALLED)
         use_kernels(fused, float8=float8)
     elif device.type == "cuda" and dtype in HALVES:
         _logger.warning("optimize goes without its fused kernels: %s.", fault)
     return finished(fused, dtype=dtype, tune=mode == "full")
 
 
+# Modules of the network that every copy still calls.
+_CALLED: tuple[type, ...] = (Level, nn.ModuleList)
 # What the kernels compute without calling it, and how it must be set.
 _ACTIVATIONS: dict[type, dict[str, str]] = {
     Stem: {"conv_down.2": "ReLU()", "conv_down.5": "ReLU()"},
@@ -101,18 +105,24 @@ _ACTIVATIONS: dict[type, dict[str, str]] = {
 }
 
 
-def _check_as_built(model: MambaVisionBackbone) -> None:
-    """ValueError where something that the copy does not call does more, or other, than the network's own."""
+def _check_as_built(model: MambaVisionBackbone, *, called: tuple[type, ...]) -> None:
+    """ValueError where something that the copy does not call does more, or other, than the network's own.
+
+    Args:
+        model: what is copied.
+        called: kinds of modules that the copy calls.
+    """
     for name, module in model.named_modules():
         if name.split(".")[0] not in ("patch_embed", "levels"):
             continue
         for part, expected in _ACTIVATIONS.get(type(module), {}).items():
-            found = repr(module.get_submodule(part)).replace("inplace=True", "")
-            if found != expected:
+            activation = module.get_submodule(part)
+            found = repr(activation).replace("inplace=True", "")
+            if found != expected and not isinstance(activation, called):
                 raise ValueError(f"{name}.{part} is {found}, and the kernels compute {expected}; use `fuse`.")
         if isinstance(module, Downsample) and type(module.reduction[0]) is not nn.Conv2d:
             raise ValueError(f"{name}.reduction.0 is a {type(module.reduction[0]).__name__}; merge adapters first.")
-        if has_own_hooks(module):
+        if has_own_hooks(module) and not isinstance(module, called):
             raise ValueError(f"{name} has a hook, which the copy would not call; remove it first.")
 
 
@@ -150,9 +160,18 @@ class _AnyType(MambaVisionBackbone):
         self._check_input(x)
         return _cast(self._run(x), x.dtype)
 
-    def forward_intermediates(self, x: Tensor, *arguments: Any, **named: Any) -> Any:
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
         """As the network's own, in the type of x."""
-        return _cast(super().forward_intermediates(x, *arguments, **named), x.dtype)
+        found = super().forward_intermediates(x, indices, norm, stop_early, output_fmt, intermediates_only)
+        return _cast(found, x.dtype)
 
     def forward_stages(self, x: Tensor, *, last: int = NUM_LEVELS - 1) -> list[Tensor]:
         """As the network's own, in the type that it computes in."""

@@ -20,13 +20,20 @@ def has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its forward: hooks of its own or of all, a wrapped or compiled call."""
     anywhere = _hooks._global_forward_hooks or _hooks._global_forward_pre_hooks
     anywhere = anywhere or _hooks._global_backward_hooks or _hooks._global_backward_pre_hooks
-    return bool(anywhere) or has_own_hooks(module)
+    return bool(anywhere) or has_own_hooks(module) or module._compiled_call_impl is not None
 
 
 def has_own_hooks(module: nn.Module) -> bool:
-    """The same but for hooks of all modules."""
+    """The same of what belongs to the module and changes what it computes: its hooks, and a wrapped forward."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own or "forward" in module.__dict__ or module._compiled_call_impl is not None)
+    return bool(own) or has_wrapped_forward(module)
+
+
+def has_wrapped_forward(module: nn.Module) -> bool:
+    """Whether the instance has another forward than its class; some unwrappers leave it that of its class."""
+    forward = module.__dict__.get("forward")
+    bound = getattr(forward, "__func__", None) is type(module).forward and getattr(forward, "__self__", None) is module
+    return forward is not None and not bound
 
 
 def is_fused(x: Tensor) -> bool:

@@ -154,13 +154,14 @@ def _from_timm(name: str, img_size: tuple[int, int] | None) -> tuple[nn.Module, 
         model: Any = timm.create_model(name, **sized)
     except TypeError:  # a convolutional network takes any size and no argument for it
         model = timm.create_model(name)
-    except (AssertionError, ValueError, ZeroDivisionError) as error:
+    except (AssertionError, RuntimeError, ValueError, ZeroDivisionError) as error:
         raise _refusal(name, img_size, error) from error
     height, width = model.pretrained_cfg["input_size"][1:]
+    # Without gradients: where they are wanted, PyTorch's counter of operations fails on some networks.
     return model.eval().requires_grad_(False), img_size or (height, width)
 
 
-@torch.no_grad()  # the counter sees into more operations than under inference_mode
+@torch.no_grad()
 def _macs(name: str, model: nn.Module, size: tuple[int, int]) -> int:
     if isinstance(model, MambaVisionBackbone):
         return count_complexity(create_model(name, device="meta"), size).macs

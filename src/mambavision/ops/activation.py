@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Literal["none", "relu", "gelu", "gelu_tanh"]
+_NAMES: tuple[str, ...] = get_args(Activation)
 
 
 def check_activation(activation: str) -> None:
     """Raise ValueError for what is none of `Activation`."""
-    if activation not in get_args(Activation):
-        raise ValueError(f"activation must be one of {', '.join(get_args(Activation))}, got {activation!r}.")
+    if activation not in _NAMES:
+        raise ValueError(f"activation must be one of {', '.join(_NAMES)}, got {activation!r}.")
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,9 @@ class Choice(Generic[Result]):
 
 def _launcher_fault() -> str | None:
     """What Triton misses to build its launchers, which are in C, or None."""
+    kept = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    if sys.platform != "linux" or (kept.is_dir() and any(kept.iterdir())):  # builds for Windows bring a compiler
+        return None
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton finds no C compiler for what launches its kernels (CC, gcc or clang)"
     scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")  # as Triton does on Debian
@@ -73,7 +77,7 @@ def _launcher_fault() -> str | None:
     return None
 
 
-_LAUNCHER_FAULT = _launcher_fault()  # once, and not while a compiler traces
+_LAUNCHER_FAULT = _launcher_fault()  # once, and not while a compiler traces; where Triton was used before, it is there
 
 
 def triton_fault() -> str | None:

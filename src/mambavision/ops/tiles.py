@@ -94,6 +94,7 @@ class _Measuring(threading.local):
 
 
 _chosen: dict[Hashable, Tile] = {}
+_lock = threading.Lock()  # of changes to it
 _measuring = _Measuring()
 
 
@@ -120,8 +121,9 @@ def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], obje
     """
     if not _chosen and not _measuring.now:  # nor can sizes be looked up while a compiler traces with symbols for them
         return candidates[0]
-    if key in _chosen:
-        return _chosen[key]
+    known = _chosen.get(key)
+    if known is not None:
+        return known
     if _measuring.now and is_precompiling():
         for tile in candidates:
             run(tile)
@@ -129,9 +131,10 @@ def choose(key: Hashable, candidates: Sequence[Tile], run: Callable[[Tile], obje
     if not _measuring.now or len(candidates) == 1 or torch.cuda.is_current_stream_capturing():
         return candidates[0]
     best = min(candidates, key=lambda tile: _milliseconds(run, tile))
-    if len(_chosen) >= MAX_CHOSEN:
-        _chosen.pop(next(iter(_chosen)), None)
-    _chosen[key] = best
+    with _lock:
+        if len(_chosen) >= MAX_CHOSEN:
+            del _chosen[next(iter(_chosen))]
+        _chosen[key] = best
     return best
 
 

@@ -66,7 +66,8 @@ def stem(
         weight2=(weight2, (columns, middle, 3, 3)),
         bias2=(bias2, (columns,)),
     )
-    situation = situation_of(x, weight1, weight2)._replace(dtype=weight1.dtype, width=middle)
+    differentiated = situation_of(x, weight1, weight2).differentiated
+    situation = Situation(x.device.type, weight1.dtype, width=middle, differentiated=differentiated)
     choice = select("stem", BACKENDS, situation, backend)
     return choice.backend.function(x, weight1, bias1, weight2, bias2, strides)
 
