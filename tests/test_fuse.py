@@ -281,5 +281,5 @@ def test_the_head_can_be_assigned():
 def test_what_is_no_network_of_ours_is_refused(other):
     with pytest.raises(TypeError, match="fuse takes a MambaVision network, got"):
         fuse(other)
-    with pytest.raises(TypeError, match=r"got DataParallel; its \.module is one\."):
+    with pytest.raises(TypeError, match=r"got DataParallel: pass its `\.module`\."):
         fuse(nn.DataParallel(trained()))

@@ -16,7 +16,7 @@ from mambavision.inference.cudnn import fastest_convolutions
 from mambavision.inference.fuse import fuse
 from mambavision.inference.graphs import MAX_GRAPHS, MAX_REMEMBERED, RECORDED_AT, REPLACING_AT, GraphRunner
 from mambavision.inference.images import read_image
-from mambavision.inference.optimization import finished
+from mambavision.inference.optimization import _check_as_built, finished
 from mambavision.inference.picture_files import sample_pictures
 from mambavision.inference.preprocess import build_transform
 from mambavision.layers.attention import Attention
@@ -120,13 +120,27 @@ def test_overlapping_calls_leave_cudnns_setting_as_it_was(monkeypatch):
 
 
 @pytest.mark.skipif(not can_pack(torch.float32), reason="nothing is replaced here")
+def test_activations_that_are_called_may_be_others():
+    model = trained().eval()
+    model.patch_embed.conv_down[2] = torch.nn.SiLU()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert difference(optimize(model, dtype=torch.float32)(images), model(images)) < 2e-5
+    with pytest.raises(ValueError, match="conv_down.2 is SiLU"):  # on a GPU the stem is one kernel
+        _check_as_built(model, called=())
+
+
+@pytest.mark.skipif(not can_pack(torch.float32), reason="nothing is replaced here")
+@pytest.mark.parametrize("activation", [torch.nn.SiLU, torch.nn.ReLU])  # ReLU is called elsewhere
 @pytest.mark.parametrize("part", ["blocks.0.act1", "mlp.act"])
-def test_other_activations_are_refused(part):
+def test_other_activations_are_refused(part, activation):
     model = trained()
     where = {"blocks.0.act1": model.levels[0], "mlp.act": model.levels[2].blocks[0]}
     owner, _, name = part.rpartition(".")
-    setattr(where[part].get_submodule(owner), name, torch.nn.SiLU())
-    with pytest.raises(ValueError, match=rf"{part} is SiLU\(\), and the kernels compute .*; use `fuse`"):
+    setattr(where[part].get_submodule(owner), name, activation())
+    with pytest.raises(
+        ValueError, match=rf"{part} is {activation.__name__}\(\), and the kernels compute .*; use `fuse`"
+    ):
         optimize(model)
 
 

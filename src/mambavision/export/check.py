@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mambavision.export.graph import has_classes
 from mambavision.export.pictures import as_input, decoded_photographs, in_batches, photographs
+from mambavision.inference.fuse import check_network
 from mambavision.models.backbone import MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 from mambavision.models.modes import evaluating
@@ -77,21 +78,16 @@ def check_model(model: object) -> None:
         TypeError: no network of this package.
         ValueError: an optimised one, weights in half precision, or channels that photographs do not have.
     """
-    if not isinstance(model, MambaVisionBackbone):
-        inner = getattr(model, "model", None)
-        hint = ": pass its `.model`" if isinstance(inner, MambaVisionBackbone) else ""
-        if isinstance(inner, MambaVision) and hasattr(model, "feature_info"):  # timm's, around a classifier
-            hint = ": make it with mambavision.create_model(..., features_only=True) for its feature maps"
-        raise TypeError(f"Export takes a network of create_model, got {type(model).__name__}{hint}.")
-    if hasattr(model, "compute_dtype"):
+    network = check_network(model, "Export takes a network of create_model")
+    if hasattr(network, "compute_dtype"):
         raise ValueError("An optimised network cannot be exported; export the model that it was made of.")
-    dtype = next(model.parameters()).dtype
+    dtype = next(network.parameters()).dtype
     if dtype in (torch.float16, torch.bfloat16):
         raise ValueError(f"The weights are {dtype}; export model.float(), and let `dtype` choose the file's type.")
-    if model.config.in_chans not in (1, 3):
+    if network.config.in_chans not in (1, 3):
         raise ValueError(
             f"An export is compared on photographs, which have 1 or 3 channels, and the model takes "
-            f"{model.config.in_chans}; such a network cannot be exported here."
+            f"{network.config.in_chans}; such a network cannot be exported here."
         )
 
 

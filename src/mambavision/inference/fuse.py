@@ -42,7 +42,7 @@ def fuse(model: Network) -> Network:
         ValueError: the model is on the meta device and so has no weights to fold, or something that would be folded is
             more than its weights: an adapter, a hook, a parametrization, a norm without running statistics.
     """
-    check_network(model, "fuse")
+    check_network(model, "fuse takes a MambaVision network")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("A model on the meta device has no weights to fold; load them first.")
     if has_wrapped_forward(model):
@@ -69,14 +69,18 @@ def fuse(model: Network) -> Network:
     return fused
 
 
-def check_network(model: object, user: str) -> None:
-    """TypeError, with a way out, where `model` is no network of this package, for the function `user`."""
+def check_network(model: object, expected: str) -> MambaVisionBackbone:
+    """`model`; TypeError where it is no network of this package: `expected`, as a sentence begins, and a way out."""
     if isinstance(model, MambaVisionBackbone):
-        return
+        return model
     children = model.named_modules() if isinstance(model, nn.Module) else ()
-    inner = next((name for name, child in children if isinstance(child, MambaVisionBackbone)), None)
-    way_out = "" if inner is None else f"; its .{inner} is one"
-    raise TypeError(f"{user} takes a MambaVision network, got {type(model).__name__}{way_out}.")
+    name, inner = next(
+        ((name, child) for name, child in children if isinstance(child, MambaVisionBackbone)), ("", None)
+    )
+    hint = "" if inner is None else f": pass its `.{name}`"
+    if isinstance(inner, MambaVision) and hasattr(model, "feature_info"):  # timm's, around a classifier
+        hint = ": make it with mambavision.create_model(..., features_only=True) for its feature maps"
+    raise TypeError(f"{expected}, got {type(model).__name__}{hint}.")
 
 
 class FusedMambaVision(MambaVision):

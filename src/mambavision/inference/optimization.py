@@ -57,7 +57,7 @@ def optimize(
             average, one with adapters, hooks or other activations, which the copy would leave out, or float8 where
             it cannot run.
     """
-    check_network(model, "optimize")
+    check_network(model, "optimize takes a MambaVision network")
     if isinstance(model, _AnyType):
         raise ValueError("The model is optimised already; pass the one that it was made of.")
     if isinstance(model, MambaVision) and model.pool_type != "avg":
@@ -98,10 +98,10 @@ def optimize(
 # Modules of the network that every copy still calls.
 _CALLED: tuple[type, ...] = (Level, nn.ModuleList)
 # What the kernels compute without calling it, and how it must be set.
-_ACTIVATIONS: dict[type, dict[str, str]] = {
-    Stem: {"conv_down.2": "ReLU()", "conv_down.5": "ReLU()"},
-    ConvBlock: {"act1": "GELU(approximate='tanh')"},
-    Mlp: {"act": "GELU(approximate='none')"},
+_ACTIVATIONS: dict[type, dict[str, nn.Module]] = {
+    Stem: {"conv_down.2": nn.ReLU(), "conv_down.5": nn.ReLU()},
+    ConvBlock: {"act1": nn.GELU(approximate="tanh")},
+    Mlp: {"act": nn.GELU()},
 }
 
 
@@ -116,9 +116,8 @@ def _check_as_built(model: MambaVisionBackbone, *, called: tuple[type, ...]) -> 
         if name.split(".")[0] not in ("patch_embed", "levels"):
             continue
         for part, expected in _ACTIVATIONS.get(type(module), {}).items():
-            activation = module.get_submodule(part)
-            found = repr(activation).replace("inplace=True", "")
-            if found != expected and not isinstance(activation, called):
+            found = repr(module.get_submodule(part)).replace("inplace=True", "")
+            if found != repr(expected) and not isinstance(expected, called):
                 raise ValueError(f"{name}.{part} is {found}, and the kernels compute {expected}; use `fuse`.")
         if isinstance(module, Downsample) and type(module.reduction[0]) is not nn.Conv2d:
             raise ValueError(f"{name}.reduction.0 is a {type(module.reduction[0]).__name__}; merge adapters first.")

@@ -14,6 +14,7 @@ from mambavision.ops.launch import is_precompiling
 
 _ROUNDS = 5
 _CALLS = 8  # a round
+MAX_CHOSEN = 4096  # choices that are kept; a network has some thirty for each size of batch
 
 
 class Tile(NamedTuple):
@@ -82,9 +83,6 @@ def footprint(tile: Tile, bytes_each: int) -> int:
 def is_large(rows: int, columns: int) -> bool:
     """Whether tiles of 128 x 128 suffice to keep a large GPU busy."""
     return -(-rows // 128) * -(-columns // 128) >= 132
-
-
-MAX_CHOSEN = 4096  # choices that are kept; a network has some thirty for each size of batch
 
 
 class _Measuring(threading.local):
