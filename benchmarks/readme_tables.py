@@ -176,6 +176,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     ),
     "first_result": (
         Column("model", "model"),
+        Column("mode", "mode"),
         Column("batch_1_s", "first result, batch 1 / s", ".1f"),
         Column("batch_128_s", "then batch 128 / s", ".1f"),
         Column("batch_129_s", "then batch 129 / s", ".1f"),
@@ -254,7 +255,7 @@ def best_ways(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if row["batch"] == 128 and row["top1"] is not None:
             known = best.setdefault(row["model"], row)
             best[row["model"]] = max(known, row, key=lambda candidate: candidate["relative"])
-    return sorted(best.values(), key=lambda row: -row["relative"])
+    return sorted(best.values(), key=lambda row: (-row["relative"], -row["images_per_second"]))
 
 
 def rivals(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
