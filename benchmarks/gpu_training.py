@@ -3,8 +3,9 @@
     python benchmarks/gpu_training.py
 
 A step is forward, loss, backward and a fused AdamW update on random pictures that lie on the GPU, in bfloat16 autocast
-and channels-last; compiled ways replay CUDA graphs. Each way is measured by itself in a process of its own, so that the
-peak is its own.
+and channels-last; compiled ways replay CUDA graphs. Steps follow each other as in training, where the host prepares the
+next one while the GPU computes: what is timed are rounds of them. Each way is measured by itself in a process of its
+own, so that the peak is its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from apart import json_of
 from results_file import print_rows, write_results
 
-BATCH = 128
+BATCH, ROUNDS = 128, 5
 # Model, and how: compiled, with gradient checkpointing.
 WAYS = (
     ("convnext_tiny", True, False),  # what the others are compared with
@@ -66,13 +67,14 @@ def measure(name: str, compiled: bool, checkpointing: bool, steps: int) -> dict[
     for _ in range(5):  # graphs take their memory while they are recorded, so these count
         step()
     times = []
-    for _ in range(steps):
+    for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        loss = step()
+        for _ in range(steps):
+            loss = step()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end))
+        times.append(start.elapsed_time(end) / steps)
     if not torch.isfinite(loss):
         raise RuntimeError(f"The loss of {name} is {loss.item()}.")
     milliseconds = statistics.median(times)
@@ -94,7 +96,7 @@ def measure_apart(number: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=30, help="of a round")
     parser.add_argument("--compilers", type=int, default=4, help="processes that compile side by side beforehand")
     parser.add_argument("--only", type=int, help=argparse.SUPPRESS)  # a row of WAYS, in its own process
     arguments = parser.parse_args()
@@ -113,7 +115,7 @@ def main() -> None:
 
 def _write(rows: list[dict[str, Any]], steps: int) -> None:
     note = f"Batch {BATCH}, 224 px, bfloat16 autocast, channels-last, fused AdamW, CUDA graphs where compiled; "
-    note += f"median of {steps} steps."
+    note += f"median of {ROUNDS} rounds of {steps} steps."
     write_results("gpu_training", rows, note=note)
 
 

@@ -47,6 +47,21 @@ def test_times_are_those_that_passed():
     assert found.peak_mib is None
 
 
+def test_throughput_is_of_passes_in_a_row_where_the_host_goes_on(monkeypatch):
+    passes = []
+    durations = iter([1.0] * 10 + [5.0, 7.0, 5.0, 5.0, 3.0])  # ten that are waited for, five rounds of two
+
+    def timed(_, run):
+        run()
+        return next(durations)
+
+    monkeypatch.setattr("mambavision.measure.timing._time_on_host", timed)
+    found = measure(subject(passes.append, device=torch.device("meta")), 4, seconds=1e-9)
+    assert found.median_ms == 1e3
+    assert found.images_per_second == pytest.approx(4 / 2.5)
+    assert len(passes) == 1 + 5 + 10 + 10
+
+
 def test_a_batch_that_does_not_fit_is_one_sentence(capsys, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
