@@ -40,6 +40,27 @@ def test_values_and_gradients(dtype, shape, poisoned):
     check(own, plain, inputs(shape, dtype), random(*shape, dtype=dtype))
 
 
+def test_the_gradient_of_a_wider_branch_keeps_its_digits(poisoned):
+    """Where it is that of the narrower stream, too."""
+    x, weight, bias = inputs((3, 10, 40), HALVES[-1])
+    branch, grad_y = random(3, 10, 40), random(3, 10, 40)
+
+    def sum_by(function):
+        return lambda branch: function(branch)[0].float() + function(branch)[1].float()
+
+    def kernel(branch):
+        return triton_op.add_layer_norm(x, branch, None, None, None, weight, bias, EPS, torch.float32)[:2]
+
+    def reference(branch):
+        return add_layer_norm(
+            x.to(branch.dtype), branch, weight, bias, eps=EPS, dtype=branch.dtype, backend="reference"
+        )
+
+    _, found = gradients(sum_by(kernel), [branch], grad_y)
+    _, expected = gradients(sum_by(reference), [branch], grad_y, torch.float64)
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
 @pytest.mark.parametrize("channels", [24, 1100])
 def test_views_of_wider_maps(channels, poisoned):
     wide, weight, bias = inputs((2, 9, 2 * channels), HALVES[-1])

@@ -458,6 +458,20 @@ def test_they_compile():
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), function(x), rtol=2e-2, atol=2e-2)
 
 
+def test_references_give_the_type_of_x():
+    """As the kernels do, whatever the types of bias and residual."""
+    x, weight, bias = torch.randn(2, 4).half(), torch.randn(3, 4).half(), torch.randn(3)
+    residual = torch.randn(2, 3)
+    expected = F.linear(x, weight) + bias + residual
+    found = linear(x, weight, bias, residual=residual)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-2)
+    maps, kernel = x[:, :, None, None], weight[:, :, None, None].expand(-1, -1, 3, 3)
+    found = conv3x3(maps, kernel, bias, residual=residual[:, :, None, None])
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found[:, :, 0, 0].float(), expected, rtol=1e-2, atol=1e-2)
+
+
 def test_references_are_what_pytorch_computes():
     x, weight = torch.randn(2, 5, 8), torch.randn(6, 8)
     expected = F.gelu(F.linear(F.layer_norm(x, (8,), eps=1e-5), weight)) + 1

@@ -1,6 +1,7 @@
 """The variants as timm models: what timm asks of its own models, asked of ours."""
 
 import copy
+import io
 import math
 import re
 import subprocess
@@ -209,6 +210,10 @@ def test_is_compiled_copied_exported_and_traced(tiny):
         assert torch.equal(copy.deepcopy(tiny)(images), expected)
         torch.testing.assert_close(torch.export.export(tiny, (images,), strict=False).module()(images), expected)
         torch.testing.assert_close(torch.jit.trace(tiny, images)(images), expected)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(tiny, images), file)  # with gradients, and without Python inside
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(images), expected)
 
 
 # --- head and pooling -------------------------------------------------------------------------------------------------

@@ -325,6 +325,17 @@ def test_exports_with_a_dynamic_batch_and_standard_operators_only(tiny):
     torch.testing.assert_close(program.module()(images), tiny(images))
 
 
+def test_exports_in_training_mode():
+    """With the norms as they are, whose statistics move as in the network."""
+    model = deterministic(TINY, drop_path_rate=0.0).train()
+    images = deterministic_images(2, 64, 64)
+    program = torch.export.export(model, (images,), strict=False).module()
+    torch.testing.assert_close(program(images), model(images))
+    moved = dict(program.named_buffers())
+    for name, buffer in model.named_buffers():
+        torch.testing.assert_close(moved[name], buffer, msg=name)
+
+
 def test_copies_and_pickles(tiny):
     images = deterministic_images(1, 64, 64)
     expected = tiny(images)
@@ -405,6 +416,30 @@ def test_checkpointing_changes_no_gradient_and_keeps_less():
     assert less < plain / 2
     for name, grad in grads.items():
         torch.testing.assert_close(grad, expected[name], msg=name)
+
+
+@pytest.mark.parametrize("case", ["half precision", "biases alone", "synchronised norms"])
+def test_checkpointing_computes_the_same_again(case):
+    """In the very same way: another one would round otherwise, or keep other tensors than were kept before."""
+
+    def run(enabled):
+        model = deterministic(TINY, drop_path_rate=0.0).train()
+        for name, parameter in model.named_parameters():
+            if name.endswith("conv1.bias"):
+                torch.nn.init.constant_(parameter, 3.0)  # of a size that rounds otherwise with the map than alone
+            parameter.requires_grad_(case != "biases alone" or name.endswith("conv1.bias") or name.startswith("head"))
+        if case == "synchronised norms":
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model.set_grad_checkpointing(enabled)
+        with torch.autocast("cpu", torch.bfloat16, enabled=case == "half precision"):
+            loss = model(deterministic_images(2, 64, 64)).float().square().mean()
+        loss.backward()
+        return {name: parameter.grad for name, parameter in model.named_parameters()}, dict(model.named_buffers())
+
+    (expected, statistics), (grads, after) = run(enabled=False), run(enabled=True)
+    for name, grad in expected.items():
+        assert grad is grads[name] is None or torch.equal(grads[name], grad), name
+    assert all(torch.equal(after[name], buffer) for name, buffer in statistics.items())
 
 
 def test_attention_dropout_acts_in_training_only():

@@ -51,6 +51,17 @@ def check(tensors, grad_y):
         assert error(selective_scan_triton(*tensors), truth[0]) <= factor * error(plain[0], truth[0]) + 1e-6
 
 
+@pytest.mark.parametrize("which", ["B", "C"])
+def test_each_of_the_projections_keeps_its_digits(which, poisoned):
+    """One of them of fewer bits: then the other is not rounded to it."""
+    tensors = inputs(1, 20, 8, 8)
+    place = NAMES.index(which)
+    tensors[place] = tensors[place].bfloat16()
+    with torch.no_grad():
+        expected = selective_scan_reference(*(tensor.double() for tensor in tensors))
+        assert error(selective_scan_triton(*tensors), expected) < 1e-6
+
+
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("state", [4, 8, 16])
 def test_values_and_gradients(dtype, state, poisoned):

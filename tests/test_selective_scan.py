@@ -9,7 +9,7 @@ import torch
 
 from conftest import GOLDEN
 from mambavision.ops import backend as backends_module
-from mambavision.ops import selective_scan
+from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.backend import Situation, select
 from mambavision.ops.selective_scan import BACKENDS, choose_backend
 from mambavision.ops.selective_scan.mamba_ssm import selective_scan_mamba_ssm
@@ -237,6 +237,13 @@ def test_wrong_shapes_are_named(name, shape):
     inputs = {**random_inputs(2, 10, 4, 8), name: torch.zeros(shape)}
     with pytest.raises(ValueError, match=name):
         selective_scan(**inputs)
+
+
+def test_nothing_is_replaced_where_elements_share_memory():
+    inputs = random_inputs(2, 5, 3, 8)
+    inputs["x"] = inputs["x"][:1].expand(2, -1, -1)
+    with pytest.raises(ValueError, match="share memory"):
+        selective_scan_(**inputs)
 
 
 def test_wrong_input_is_named():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.plain import are_plain, is_fused
 from mambavision.ops.batch_norm import batch_norm, refuse_batch_norm_kernels
+from mambavision.ops.tracing import is_exporting
 
 if TYPE_CHECKING:
     from mambavision.ops.activation import Activation
@@ -54,7 +55,12 @@ def normed_conv(
 
 
 def _norms_by_batch(norm: nn.BatchNorm2d) -> bool:
-    """Whether the norm is in training, with parameters, and keeps means that move by a part each step."""
+    """Whether the norm is in training, with parameters, and keeps means that move by a part each step.
+
+    Never in an export, whose graph is to have the norm as it is.
+    """
+    if is_exporting():
+        return False
     kept = norm.track_running_stats and norm.running_mean is not None and norm.num_batches_tracked is not None
     return norm.training and norm.affine and kept and norm.momentum is not None and norm.momentum < 1
 

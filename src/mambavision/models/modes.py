@@ -26,8 +26,10 @@ def recomputing(module: nn.Module) -> Iterator[None]:
     """While it lasts, batch norms leave their running statistics as they are: they have counted this batch before."""
     norms = [part for part in module.modules() if isinstance(part, _BatchNorm)]
     settings = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+    for norm, (momentum, counter) in zip(norms, settings, strict=True):
+        # A counter to throw away, not none: whether there is one decides how the norm is computed.
+        counter = None if momentum is None or counter is None else counter.clone()
+        norm.momentum, norm.num_batches_tracked = 0.0, counter
     try:
         yield
     finally:

@@ -13,7 +13,7 @@ def scaled_branch(branch: Tensor, shift: Tensor | None, gamma: Tensor | None, sc
     """(branch + shift) gamma scale, each left out where it is None; the shift in the type of the branch."""
     branch = branch if shift is None else branch + shift.to(branch.dtype)
     branch = branch if gamma is None else branch * gamma
-    return branch if scale is None else branch * scale.view(-1, *([1] * (branch.dim() - 1)))
+    return branch if scale is None else branch * scale.to(branch.dtype).view(-1, *([1] * (branch.dim() - 1)))
 
 
 def add_layer_norm_reference(

@@ -164,11 +164,15 @@ def _setup_sum(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, Tensor, Te
 
 def _differentiate_sum(ctx: Any, grad_total: Tensor, grad_y: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     branch, shift, gamma, scale, weight, total, mean, rate = ctx.saved_tensors
+    types = x_type, branch_type = ctx.types
+    same = gamma is None and scale is None  # then one gradient, in the wider type, is that of both
+    if same:
+        types = (torch.promote_types(x_type, branch_type), branch_type)
     grad_x, grad_branch, sums = add_layer_norm_backward(
-        grad_total, grad_y, total, branch, gamma, scale, weight, mean, rate, shift is not None, *ctx.types
+        grad_total, grad_y, total, branch, gamma, scale, weight, mean, rate, shift is not None, *types
     )
-    if gamma is None and scale is None:
-        grad_branch = grad_x.to(ctx.types[1])
+    if same:
+        grad_x, grad_branch = grad_x.to(x_type), grad_x.to(branch_type)
     grad_gamma = None if gamma is None else sums[2]
     grad_shift = None if shift is None else sums[-1]
     if grad_gamma is not None and grad_shift is not None:

@@ -12,5 +12,5 @@ def conv3x3_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, stride: int, activation: Activation
 ) -> Tensor:
     """Convolution, activation, sum; arguments and result as in `mambavision.ops.conv3x3`."""
-    y = activate(F.conv2d(x, weight, bias, stride, 1), activation)
-    return y if residual is None else y + residual
+    y = activate(F.conv2d(x, weight, None if bias is None else bias.to(x.dtype), stride, 1), activation)
+    return y if residual is None else (y + residual).to(x.dtype)

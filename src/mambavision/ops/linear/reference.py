@@ -20,5 +20,5 @@ def linear_reference(
     """Norm, product, activation, sum; arguments and result as in `mambavision.ops.linear`."""
     if norm_eps is not None:
         x = F.layer_norm(x, x.shape[-1:], eps=norm_eps)
-    y = activate(F.linear(x, weight, bias), activation)
-    return y if residual is None else y + residual
+    y = activate(F.linear(x, weight, None if bias is None else bias.to(x.dtype)), activation)
+    return y if residual is None else (y + residual).to(x.dtype)

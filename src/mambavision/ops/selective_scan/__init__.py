@@ -108,8 +108,15 @@ def selective_scan(
 def selective_scan_(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, dt_bias: Tensor | None = None
 ) -> Tensor:
-    """`selective_scan` that replaces x by its result, for inference; on a GPU without a second tensor."""
+    """`selective_scan` that replaces x by its result, for inference; on a GPU without a second tensor.
+
+    Raises:
+        ValueError: as there, or elements of x share their memory, as those of an expanded tensor do.
+        RuntimeError: as there.
+    """
     _check(x, dt, A, B, C, D, dt_bias)
+    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+        raise ValueError("x cannot be replaced by its result, as its elements share memory; pass x.contiguous().")
     if choose_backend(x, state=A.shape[1]).backend.name == "triton" and x.stride(2) == 1:
         from mambavision.ops.selective_scan.triton_op import scan_
 

@@ -37,6 +37,8 @@ def selective_scan_chunked(
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     scan = _opaque_scan if _is_compiled_for_cpu(x) else _ChunkedScan.apply
+    if torch.jit.is_tracing():  # whose graphs hold no Python
+        scan = _forward
     y: Tensor = scan(x, dt, A, B, C)
     if D is not None:
         y = torch.addcmul(y, D.to(y.dtype), x.to(y.dtype))
@@ -118,7 +120,7 @@ def _walk(decays: Tensor, drives: Tensor) -> Tensor:
 
     Where no derivative is asked of the walk itself, the states take the place of `drives`, and `decays` is used up.
     """
-    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
     length = drives.shape[1]
     if length <= _FEW:
         decay, drive = decays.unbind(1), drives.unbind(1)

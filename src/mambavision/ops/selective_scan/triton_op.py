@@ -125,7 +125,7 @@ def scan_backward(
     if batch > 0:
         A, D, dt_bias = _parameters(A, D, dt_bias)
         x, dt, grad_y = (_with_unit_stride(tensor) for tensor in (x, dt, grad_y))
-        B, C = _with_vector_rows(B, C.to(B.dtype))
+        B, C = _with_vector_rows(B, C)
         strides = [tensor.stride(0) for tensor in (x, dt, B, C, grad_y)]
         rows = [tensor.stride(1) for tensor in (x, dt, B, C, grad_y)]
         fixed = dict(zip(("x_row", "dt_row", "B_row", "C_row", "grad_y_row"), rows, strict=True))
@@ -188,7 +188,7 @@ def _walk(
         return
     A, D, dt_bias = _parameters(A, D, dt_bias)
     x, dt = _with_unit_stride(x), _with_unit_stride(dt)
-    B, C = _with_vector_rows(B, C.to(B.dtype))
+    B, C = _with_vector_rows(B, C)
     strides = [tensor.stride(0) for tensor in (x, dt, B, C, y)]
     rows = [tensor.stride(1) for tensor in (x, dt, B, C, y)]
     settings = dict(zip(("x_row", "dt_row", "B_row", "C_row", "y_row"), rows, strict=True))
@@ -257,10 +257,12 @@ def _with_unit_stride(tensor: Tensor) -> Tensor:
 
 
 def _with_vector_rows(B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with rows that begin where the kernels' vector loads can, of 16 bytes at most.
+    """Both in one type, the wider, with rows that begin where the kernels' vector loads can, of 16 bytes at most.
 
     Rows that lie elsewhere, as in a projection whose steps take 20 columns, would be read in pieces, at half the speed.
     """
+    wide = torch.promote_types(B.dtype, C.dtype)
+    B, C = B.to(wide), C.to(wide)
     vector = min(16 // B.element_size(), B.shape[2])
     if all(
         tensor.stride(2) == 1
