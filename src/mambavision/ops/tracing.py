@@ -17,4 +17,9 @@ else:
         return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
-__all__ = ["is_exporting"]
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace runs the code, whose graphs hold no Python."""
+    return bool(torch.jit.is_tracing())  # type: ignore[no-untyped-call]
+
+
+__all__ = ["is_exporting", "is_jit_tracing"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from mambavision.ops.precision import at_least_float32
-from mambavision.ops.tracing import is_exporting
+from mambavision.ops.tracing import is_exporting, is_jit_tracing
 
 _LOG2_E = math.log2(math.e)
 _FEW = 6  # tokens that are walked one by one sooner than in pairs
@@ -37,7 +37,7 @@ def selective_scan_chunked(
     if dt_bias is not None:
         dt = dt + dt_bias.to(dt.dtype)
     scan = _opaque_scan if _is_compiled_for_cpu(x) else _ChunkedScan.apply
-    if torch.jit.is_tracing():  # whose graphs hold no Python
+    if is_jit_tracing():
         scan = _forward
     y: Tensor = scan(x, dt, A, B, C)
     if D is not None:
@@ -120,7 +120,7 @@ def _walk(decays: Tensor, drives: Tensor) -> Tensor:
 
     Where no derivative is asked of the walk itself, the states take the place of `drives`, and `decays` is used up.
     """
-    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing())
+    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_jit_tracing())
     length = drives.shape[1]
     if length <= _FEW:
         decay, drive = decays.unbind(1), drives.unbind(1)
