@@ -149,7 +149,7 @@ def test_a_run_is_not_overwritten_and_what_changes_on_resume_is_said(tmp_path, c
         assert ("own folder" if "output" in change else "keeps its") in capsys.readouterr().err
     (out / "last.pt").write_bytes(b"cut")
     assert main([*command, "--resume=auto"]) == 2
-    assert "not a readable checkpoint" in capsys.readouterr().err
+    assert "is damaged or no checkpoint of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cached", ["true", "false"])

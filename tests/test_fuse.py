@@ -283,3 +283,5 @@ def test_what_is_no_network_of_ours_is_refused(other):
         fuse(other)
     with pytest.raises(TypeError, match=r"got DataParallel: pass its `\.module`\."):
         fuse(nn.DataParallel(trained()))
+    with pytest.raises(TypeError, match=r"got OptimizedModule: pass its `\._orig_mod`\."):
+        fuse(torch.compile(trained()))

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from mambavision import create_model
-from mambavision.cli import main
+from mambavision.cli import benchmark, main
 from mambavision.layers.mixer import MambaVisionMixer
 from mambavision.measure import timing
 from mambavision.measure.memory import OutOfMemoryError
@@ -272,6 +272,23 @@ def test_results_in_every_form(form, capsys):
         assert re.findall(r" (eager|fused) ", captured.out) == ["eager"] * 2 + ["fused"] * 2
         assert captured.out.count(" GMACs") == 4
         assert max(map(len, captured.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_numbers_are_whole_however_narrow_the_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    base = measure(subject(lambda _: None), 1, seconds=1e-9)
+    long = {"way": "optimized-float8", "dtype": "float8_e4m3fn", "img_size": (1024, 2048), "batch_size": 4096}
+    quick = {"images_per_second": 36214.0, "median_ms": 3.535, "p90_ms": 12.25, "peak_mib": 61828.0, "macs": 4e6}
+    rows = [dataclasses.replace(base, model="swin_tiny_patch4_window7_224", **long, **quick), base]
+    benchmark._write_table(rows, {"device": "a GPU"})
+    output = capsys.readouterr().out
+    for number in ("1024x2048", "4096", "36,214", "3.54", "12.25", "61,828"):
+        assert number in output
+    if columns > 60:  # else names are folded, and what stands below them
+        assert "optimized-float8" in output
+        assert "0.004" in output
+    assert max(map(len, output.splitlines())) <= columns
 
 
 def test_a_plot_replaces_no_file_unasked(tmp_path, capsys):

@@ -163,3 +163,6 @@ def test_it_cannot_be_saved(network, tmp_path):
             save(fast)
     with pytest.raises(RuntimeError, match="save the model that it was made of"):
         fast.state_dict()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="or load into that one"):
+            fast.load_state_dict(network.state_dict(), strict=strict)

@@ -115,6 +115,24 @@ def test_a_continued_run_wants_no_weights_to_begin_with(tmp_path, capsys, monkey
     assert "is dropped" not in capsys.readouterr().err
 
 
+def test_a_continued_run_keeps_its_steps(tmp_path, capsys):
+    """Which tell the epochs and the learning rate; a smaller batch with more of them to a step is the same run."""
+    data = make_npz(tmp_path / "data", train=16, val=4)
+    command = ["train", "--model=mamba_vision_nano_32", "--workers=0", "--device=cpu", f"--data={data}"]
+    command += [f"--output={tmp_path / 'run'}"]
+    assert main([*command, "--batch-size=8", "--epochs=1"]) == 0
+    assert main([*command, "--batch-size=4", "--epochs=2", "--resume=auto"]) == 2
+    assert "has 2 steps an epoch, and this one 4: keep its data, and batch_size times" in capsys.readouterr().err
+    assert main([*command, "--batch-size=4", "--accumulate=2", "--epochs=2", "--resume=auto"]) == 0
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    data = make_npz(tmp_path / "data", train=8, val=4)
+    command = ["train", "--model=mamba_vision_nano_32", "--device=cpu", f"--data={data}", "--model.overrides.foo=48"]
+    assert main([*command, f"--output={tmp_path / 'run'}"]) == 2
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_seed_is_another_run(runs, tmp_path):
     whole, _ = runs
     again = [*RUN, f"--data={whole.parent / 'data'}", f"--output={tmp_path}", "--seed=1", "--epochs=2"]

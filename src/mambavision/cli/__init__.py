@@ -70,7 +70,7 @@ def _run(command: str, arguments: list[str]) -> int:
         return 141  # as the shell reports a reader that left
     except FileExistsError as error:
         return _fail(f"{error.filename} is a file, and a folder is needed there; choose another place for the output.")
-    except (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except OSError as error:
         return _fail(str(error) if error.filename is None else f"{error.filename}: {error.strerror}.")
     except Exception as error:
         if not type(error).__module__.startswith("mambavision."):  # ours say what the user can do

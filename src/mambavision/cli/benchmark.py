@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 SUMMARY = "Measure speed and memory of networks, ours and timm's."
 AUTO = "auto"
 FLOAT8 = "optimized-float8"  # bfloat16 around its convolutions, whatever --dtype says
-NAME_WIDTH = 24  # columns that a name has in the table at least, if it is so long
+NUMBERS = ("px", "batch", "images/s", "ms", "p90", "MiB")  # columns of the table
 WAYS = ("eager", "compile", "fused", "fused-compile", "optimized", "optimized-full", FLOAT8)
 
 
@@ -192,25 +192,35 @@ def _write_table(measured: Sequence[Measurement], protocol: dict[str, str]) -> N
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=protocol["device"], title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    longest = max(len(entry.model) for entry in measured)  # names are folded last
-    table.add_column("model, parameters, work", overflow="fold", min_width=min(longest, NAME_WIDTH))
-    table.add_column("way", overflow="fold")
-    for column in ("px", "batch", "images/s", "ms", "p90", "MiB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for entry in measured:
-        height, width = entry.img_size
-        table.add_row(
-            f"{entry.model}\n{entry.parameters / 1e6:.1f} M, {entry.macs / 1e9:.2f} GMACs",
-            f"{entry.way}\n{entry.dtype}",
-            f"{height}" if height == width else f"{height}x{width}",
-            f"{entry.batch_size}",
-            f"{entry.images_per_second:,.1f}" if entry.images_per_second < 100 else f"{entry.images_per_second:,.0f}",
-            f"{entry.median_ms:.2f}",
-            f"{entry.p90_ms:.2f}",
-            "-" if entry.peak_mib is None else f"{entry.peak_mib:,.0f}",
-        )
-    Console().print(table)
+    console = Console()
+    narrow: dict[str, Any] = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}  # two columns between two
+    table = Table(title=protocol["device"], title_justify="left", box=box.SIMPLE_HEAD, **narrow)
+    numbers = [_numbers(entry) for entry in measured]
+    widths = [max(map(len, column)) for column in zip(NUMBERS, *numbers, strict=True)]
+    # Names are folded where the terminal is narrow, numbers never: a part of one would look like another.
+    room = console.width - sum(widths) - 2 * (len(widths) + 1)
+    way = min(max(max(len(entry.way), len(entry.dtype)) for entry in measured), max(4, room // 2, room - 12))
+    table.add_column("model, parameters, work", overflow="fold", max_width=max(4, room - way))
+    table.add_column("way", overflow="fold", max_width=way)
+    for column, width in zip(NUMBERS, widths, strict=True):
+        table.add_column(column, justify="right", no_wrap=True, min_width=width)
+    for entry, cells in zip(measured, numbers, strict=True):
+        work = f"{entry.parameters / 1e6:.3g} M, {entry.macs / 1e9:.3g} GMACs"
+        table.add_row(f"{entry.model}\n{work}", f"{entry.way}\n{entry.dtype}", *cells)
+    console.print(table)
+
+
+def _numbers(entry: Measurement) -> tuple[str, ...]:
+    """The cells under `NUMBERS`."""
+    height, width = entry.img_size
+    return (
+        f"{height}" if height == width else f"{height}x{width}",
+        f"{entry.batch_size}",
+        f"{entry.images_per_second:,.1f}" if entry.images_per_second < 100 else f"{entry.images_per_second:,.0f}",
+        f"{entry.median_ms:.2f}",
+        f"{entry.p90_ms:.2f}",
+        "-" if entry.peak_mib is None else f"{entry.peak_mib:,.0f}",
+    )
 
 
 def _write_json(measured: Sequence[Measurement], protocol: dict[str, str]) -> None:

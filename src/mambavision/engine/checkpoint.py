@@ -29,8 +29,8 @@ def load_run(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist; --resume takes the {LAST} of a run, or auto.") from None
-    except Exception as error:  # torch raises a dozen types for a damaged file
-        raise ValueError(f"{path} is not a readable checkpoint of a run: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch raises a dozen types for a damaged file, and some advise to run its code
+        raise ValueError(f"{path} is damaged or no checkpoint of a run; --resume takes the {LAST} of one.") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of a run; --resume takes the {LAST} that training writes.")
     return state

@@ -7,8 +7,10 @@ from it, also from the middle of an epoch, is the run that was never interrupted
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,7 +83,9 @@ class TrainingRun:
         self.config = config
         self.console = console
         self.folder = Path(config.output)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        there = next(place for place in (self.folder, *self.folder.absolute().parents) if place.exists())
+        if not there.is_dir():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(there))
         self.device = find_device(config.runtime.device)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # one shape throughout
@@ -105,6 +109,7 @@ class TrainingRun:
         self._last_rate = math.nan  # learning rate of the last step
         if resumed is not None:
             self._resume(resumed)
+        self.folder.mkdir(parents=True, exist_ok=True)  # now that nothing is refused any more
         self._cached_evaluation: list[Any] | None = None
         self._looked = self._epoch_started = 0.0, self.done  # time and step; see `_start_clock`
         parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -315,6 +320,7 @@ class TrainingRun:
             "step": self.done,
             "epoch": self.done // self.steps_per_epoch,
             "step_in_epoch": self.done % self.steps_per_epoch,
+            "steps_per_epoch": self.steps_per_epoch,
             "epoch_loss": self.epoch_loss,
             "best_top1": self.best_top1,
             "config": self.config.to_dict(),
@@ -322,6 +328,12 @@ class TrainingRun:
         save_run(self.folder / LAST, state | self.step.state_dict())
 
     def _resume(self, state: dict[str, Any]) -> None:
+        before = state.get("steps_per_epoch", self.steps_per_epoch)  # checkpoints of older versions lack it
+        if before != self.steps_per_epoch:
+            raise ValueError(
+                f"The run that is continued has {before} steps an epoch, and this one {self.steps_per_epoch}: keep its "
+                "data, and batch_size times accumulate; a smaller batch with a larger accumulate takes less memory."
+            )
         if state["step"] > self.total:
             raise ValueError(f"The checkpoint has done {state['step']} steps and this run has {self.total}.")
         self.step.load_state_dict(state, state["step"])

@@ -32,8 +32,8 @@ _SIDE = 28
 # Modules of the network that are still called when weights are packed.
 CALLED_WHEN_PACKED: tuple[type, ...] = (Stem, Downsample, TokenBlock, Mlp, Attention, DropPath, nn.Sequential, nn.ReLU)
 UNSAVED = (
-    "The weights of a network optimised for a CPU are laid out for this machine and cannot be saved; save the model "
-    "that it was made of."
+    "The weights of a network optimised for a CPU are laid out for this machine and can be neither saved nor loaded; "
+    "save the model that it was made of, or load into that one."
 )
 
 
@@ -45,8 +45,9 @@ def optimize_for_cpu(
     Args:
         model: what `fuse` returned, on the CPU.
         dtype: float32, bfloat16 or float16; pictures must come in it too. Half precision needs a CPU that has it.
-        mode: both pack weights where oneDNN can, which is faster than compiling (`benchmarks/cpu_formats.py`).
-            Elsewhere `full` is torch.compile with frozen weights, at the first call of each shape.
+        mode: both pack weights where oneDNN can, which takes no time and is about as fast as compiling, or faster
+            (`benchmarks/cpu_formats.py`). Elsewhere `full` is torch.compile with frozen weights, at the first call of
+            each shape.
 
     Returns:
         A module of the interface of `model`, for inference alone. It has no state dict worth saving and no gradients.

@@ -78,7 +78,7 @@ def check_network(model: object, expected: str) -> MambaVisionBackbone:
         ((name, child) for name, child in children if isinstance(child, MambaVisionBackbone)), ("", None)
     )
     hint = "" if inner is None else f": pass its `.{name}`"
-    if isinstance(inner, MambaVision) and hasattr(model, "feature_info"):  # timm's, around a classifier
+    if isinstance(inner, MambaVision) and "feature_info" in vars(model):  # timm's, around a classifier
         hint = ": make it with mambavision.create_model(..., features_only=True) for its feature maps"
     raise TypeError(f"{expected}, got {type(model).__name__}{hint}.")
 

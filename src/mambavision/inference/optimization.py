@@ -273,9 +273,17 @@ class _OnCpu(_AnyType):
 
     def state_dict(self, *arguments: Any, **named: Any) -> Any:
         """RuntimeError where weights are packed: no state dict has them, and one without them would be a trap."""
+        self._refuse_packed()
+        return super().state_dict(*arguments, **named)
+
+    def load_state_dict(self, *arguments: Any, **named: Any) -> Any:
+        """RuntimeError where weights are packed: none could be loaded into them."""
+        self._refuse_packed()
+        return super().load_state_dict(*arguments, **named)
+
+    def _refuse_packed(self) -> None:
         if any(isinstance(module, Packed) for module in self.modules()):
             raise RuntimeError(UNSAVED)
-        return super().state_dict(*arguments, **named)
 
 
 class _CpuBackbone(_OnCpu):
