@@ -37,6 +37,7 @@ from mambavision.factory import create_model
 from mambavision.files import replaced_when_done
 from mambavision.inference.predictor import find_device
 from mambavision.models.classifier import MambaVision
+from mambavision.ops.backend import triton_fault
 from mambavision.weights import loading, save_checkpoint
 
 BEST = "best.safetensors"
@@ -118,6 +119,10 @@ class TrainingRun:
             f"{len(training):,} training and {len(self.evaluation):,} evaluation pictures; "
             f"{self.steps_per_epoch} steps an epoch; {self.device}, {config.runtime.precision}",
         )
+        if self.device.type == "cuda" and not config.runtime.compile and triton_fault() is None:
+            console.print(
+                "Steps wait for the host: with --compile, once it has compiled, they take a fraction of the time."
+            )
 
     def run(self) -> RunResult:
         """Train to the end.
