@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,6 @@ from mambavision.factory import create_model
 from mambavision.files import replaced_when_done
 from mambavision.inference.predictor import find_device
 from mambavision.models.classifier import MambaVision
-from mambavision.ops.backend import triton_fault
 from mambavision.weights import loading, save_checkpoint
 
 BEST = "best.safetensors"
@@ -119,7 +119,7 @@ class TrainingRun:
             f"{len(training):,} training and {len(self.evaluation):,} evaluation pictures; "
             f"{self.steps_per_epoch} steps an epoch; {self.device}, {config.runtime.precision}",
         )
-        if self.device.type == "cuda" and not config.runtime.compile and triton_fault() is None:
+        if self.device.type == "cuda" and not config.runtime.compile and find_spec("triton"):
             console.print(
                 "Steps wait for the host: with --compile, once it has compiled, they take a fraction of the time."
             )
