@@ -239,6 +239,19 @@ def test_wrong_shapes_are_named(name, shape):
         selective_scan(**inputs)
 
 
+def test_second_derivatives_and_vmap_where_they_are_promised():
+    inputs = {name: tensor.double().requires_grad_() for name, tensor in random_inputs(2, 5, 3, 4).items()}
+    values = tuple(inputs.values())
+    assert torch.autograd.gradgradcheck(lambda *given: selective_scan(*given, backend="chunked"), values)
+    x, dt, A, B, C, D, dt_bias = (tensor.detach() for tensor in values)
+
+    def scan(*sequence):
+        x, dt, B, C = (part.unsqueeze(0) for part in sequence)
+        return selective_scan(x, dt, A, B, C, D, dt_bias, backend="reference")[0]
+
+    torch.testing.assert_close(torch.vmap(scan)(x, dt, B, C), selective_scan(x, dt, A, B, C, D, dt_bias))
+
+
 def test_nothing_is_replaced_where_elements_share_memory():
     inputs = random_inputs(2, 5, 3, 8)
     inputs["x"] = inputs["x"][:1].expand(2, -1, -1)

@@ -82,7 +82,8 @@ def selective_scan(
         y[t, c] = sum over n of C[t, n] * h[c, n] + D[c] * x[t, c]
 
     Steps and states are float32 whatever the inputs' type (float64 for float64 inputs); of 16-bit inputs without a
-    gradient, a GPU's steps are exact to 6e-5 of their size. Inputs may be strided views.
+    gradient, a GPU's steps are exact to 6e-5 of their size. Inputs may be strided views. GPU kernels have first
+    derivatives only, `backend="chunked"` has second ones, too; torch.vmap takes `reference` alone.
 
     Args:
         x: input, (batch, length, channels), any floating type.
