@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,6 +112,21 @@ def test_interruption_is_quiet(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+@pytest.mark.parametrize(
+    ("command", "install"), [("evaluate", '-e "[.][[]train[]]" in the clone'), ("models", "torchmetrics")]
+)
+def test_a_package_that_is_missing_is_one_sentence(command, install, capsys, monkeypatch):
+    def without(*_):
+        raise ModuleNotFoundError("No module named 'torchmetrics.x'", name="torchmetrics.x")
+
+    monkeypatch.setattr(f"mambavision.cli.{command}.main", without)
+    code, _, err = run(capsys, command)
+    assert code == 2
+    assert re.fullmatch(
+        f"mambavision: {command} needs torchmetrics, which is not installed: pip install {install}.", err.strip()
+    )
+
+
 def test_control_c_ends_without_a_traceback(checkpoint):
     process = python("-m", "mambavision", "classify", "-", "--checkpoint", checkpoint)
     assert b"Model:" in process.stderr.readline()  # it waits for standard input now

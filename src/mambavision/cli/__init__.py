@@ -32,6 +32,7 @@ COMMANDS = (
     "profile",
     "export",
 )
+EXTRAS = {"train": "train", "evaluate": "train"}  # of which a command needs packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,6 +69,13 @@ def _run(command: str, arguments: list[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         return 141  # as the shell reports a reader that left
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "mambavision"):
+            raise
+        extra = EXTRAS.get(command)
+        install = package if extra is None else f'-e ".[{extra}]" in the clone'
+        return _fail(f"{command} needs {package}, which is not installed: pip install {install}.")
     except FileExistsError as error:
         return _fail(f"{error.filename} is a file, and a folder is needed there; choose another place for the output.")
     except OSError as error:

@@ -116,7 +116,7 @@ def selective_scan_(
         RuntimeError: as there.
     """
     _check(x, dt, A, B, C, D, dt_bias)
-    if any(step == 0 and size > 1 for step, size in zip(x.stride(), x.shape, strict=True)):
+    if any(x.stride(dim) == 0 and x.shape[dim] > 1 for dim in range(3)):
         raise ValueError("x cannot be replaced by its result, as its elements share memory; pass x.contiguous().")
     if choose_backend(x, state=A.shape[1]).backend.name == "triton" and x.stride(2) == 1:
         from mambavision.ops.selective_scan.triton_op import scan_
