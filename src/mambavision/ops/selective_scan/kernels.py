@@ -165,11 +165,12 @@ def walk_kernel(
         bias = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
 
-    x_at = x + batch * x_batch + first * x_row + channel
-    dt_at = dt + batch * dt_batch + first * dt_row + channel
-    y_at = y + batch * y_batch + first * y_row + channel
-    B_at = _row_pointers(B, batch * B_batch + first * B_row, WIDTH, BLOCK, PAIRED)
-    C_at = _row_pointers(C, batch * C_batch + first * C_row, WIDTH, BLOCK, PAIRED)
+    wide = first.to(tl.int64)  # as rows may lie far from each other
+    x_at = x + batch * x_batch + wide * x_row + channel
+    dt_at = dt + batch * dt_batch + wide * dt_row + channel
+    y_at = y + batch * y_batch + wide * y_row + channel
+    B_at = _row_pointers(B, batch * B_batch + wide * B_row, WIDTH, BLOCK, PAIRED)
+    C_at = _row_pointers(C, batch * C_batch + wide * C_row, WIDTH, BLOCK, PAIRED)
     xs, dts, Bs, Cs = (), (), (), ()
     for k in tl.static_range(GROUP):
         there = (first + k < last) | FULL
@@ -347,11 +348,12 @@ def backward_kernel(
     groups = tl.cdiv(length, GROUP)
     for back in range(0, tl.cdiv(last - first, GROUP)):
         start = first + (tl.cdiv(last - first, GROUP) - 1 - back) * GROUP
-        x_at = x + batch * x_batch + start * x_row + channel
-        dt_at = dt + batch * dt_batch + start * dt_row + channel
-        grad_y_at = grad_y + batch * grad_y_batch + start * grad_y_row + channel
-        B_at = _row_pointers(B, batch * B_batch + start * B_row, WIDTH, BLOCK, PAIRED)
-        C_at = _row_pointers(C, batch * C_batch + start * C_row, WIDTH, BLOCK, PAIRED)
+        wide = start.to(tl.int64)
+        x_at = x + batch * x_batch + wide * x_row + channel
+        dt_at = dt + batch * dt_batch + wide * dt_row + channel
+        grad_y_at = grad_y + batch * grad_y_batch + wide * grad_y_row + channel
+        B_at = _row_pointers(B, batch * B_batch + wide * B_row, WIDTH, BLOCK, PAIRED)
+        C_at = _row_pointers(C, batch * C_batch + wide * C_row, WIDTH, BLOCK, PAIRED)
         tokens, dts, grad_ys, Bs, Cs = (), (), (), (), ()
         for k in tl.static_range(GROUP):
             there = (start + k < last) | FULL
