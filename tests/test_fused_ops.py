@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from mambavision.ops.backend import Situation, refuse_inference_kernels
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8
-from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum
-from mambavision.ops.linear import linear
+from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
+from mambavision.ops.linear import linear, linear_with_moments
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
 from op_checks import DEVICE, gapped, random, require_triton
@@ -89,6 +89,59 @@ def test_linear_tiles(tile, rows, inner, columns, poisoned):
     out = torch.empty(rows, columns, dtype=dtype, device=DEVICE)
     linear_op.launch(x, weight, None, None, weight.float().sum(1), 1e-5, "none", out, tile)
     check(out, usual, truth)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("tile", small_tiles(196, 320), ids=str)
+@pytest.mark.parametrize("columns", [16, 40, 67])
+def test_linear_with_moments(dtype, tile, columns, poisoned, monkeypatch):
+    """Of each 16 columns, the last of them fewer; and the norm that the next layer makes of them."""
+    monkeypatch.setattr(linear_op, "candidates", lambda *_: [tile])
+    x, weight, bias = random(3, 11, 40, dtype=dtype), random(columns, 40, dtype=dtype), random(columns, dtype=dtype)
+    residual = random(3, 11, columns, dtype=dtype) + 0.5
+    truth, _ = linear_with_moments(*wide(x, weight, bias), residual=residual.double())
+    usual, _ = linear_with_moments(x, weight, bias, residual=residual, backend="reference")
+    found, moments = linear_op.linear_with_moments(x, weight, bias, residual)
+    check(found, usual, truth)
+    assert moments.dtype == torch.float32
+    for place, part in enumerate(found.double().flatten(0, 1).split(16, dim=1)):
+        torch.testing.assert_close(moments[:, 0, place].double(), part.mean(1), rtol=1e-5, atol=1e-5)
+        spread = part.var(1, correction=0) * part.shape[1]
+        torch.testing.assert_close(moments[:, 1, place].double(), spread, rtol=1e-5, atol=1e-5)
+    identity = torch.eye(columns, dtype=dtype, device=DEVICE)
+    _, expected = linear_with_moments(found, identity, backend="reference")
+    torch.testing.assert_close(moments, expected, rtol=1e-5, atol=1e-5)
+
+    following = random(24, columns, dtype=dtype, scale=0.2)
+    truth = linear(*wide(found, following), norm_eps=1e-5)
+    usual = linear(found, following, norm_eps=1e-5, backend="reference")
+    sums = following.float().sum(1)
+    for given in (moments, gapped(moments)):
+        check(linear_op.linear(found, following, None, None, sums, 1e-5, "none", given), usual, truth)
+
+
+@pytest.mark.parametrize("mean", [10.0, 100.0])
+@pytest.mark.parametrize("given", [False, True])
+def test_a_norm_keeps_its_digits_where_rows_lie_far_from_zero(mean, given, poisoned):
+    x = (random(33, 320, dtype=torch.float32) + mean).to(TYPES[-1])
+    weight = random(24, 320, dtype=TYPES[-1], scale=0.1)
+    moments = linear_with_moments(x, torch.eye(320, device=DEVICE, dtype=x.dtype), backend="reference")[1]
+    truth = linear(*wide(x, weight), norm_eps=1e-5)
+    usual = linear(x, weight, norm_eps=1e-5, backend="reference")
+    sums = weight.float().sum(1)
+    check(linear_op.linear(x, weight, None, None, sums, 1e-5, "none", moments if given else None), usual, truth)
+
+
+def test_moments_of_nothing():
+    weight = random(24, 40, dtype=TYPES[-1])
+    for backend in ("reference", "triton") if DEVICE == "cuda" else ("reference",):
+        y, moments = linear_with_moments(random(0, 5, 40, dtype=TYPES[-1]), weight, backend=backend)
+        assert y.shape == (0, 5, 24)
+        assert moments.shape == (0, 2, 2)
+    with pytest.raises(ValueError, match="moments must be"):
+        linear(torch.ones(3, 4), torch.ones(2, 4), norm_eps=1e-5, moments=torch.ones(3, 1, 2))
+    with pytest.raises(ValueError, match="residual must be"):
+        linear_with_moments(torch.ones(3, 4), torch.ones(2, 4), residual=torch.ones(3, 4))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -236,6 +289,21 @@ def test_layer_norm_and_sum(dtype, shape, poisoned):
             found = layer_norm_op.layer_norm_and_sum(here, gapped(constant), 1e-5)
             for compared in zip(found, usual, truth, strict=True):
                 check(*compared)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 7, 40), (5, 700)], ids=str)
+def test_layer_norm_of_sum(dtype, offset, shape, poisoned):
+    x, share = random(*shape, dtype=dtype) + 3, random(*shape, dtype=dtype)
+    shift = random(shape[-1], dtype=torch.float32) if offset else None
+    exact, usual, found = x.double(), x.clone(), x.clone()
+    truth = layer_norm_of_sum_(exact, share.double(), *wide(shift), eps=1e-5)
+    plain = layer_norm_of_sum_(usual, share, shift, eps=1e-5, backend="reference")
+    check(layer_norm_op.layer_norm_of_sum_(found, gapped(share), shift, 1e-5), plain, truth)
+    check(found, usual, exact)
+    with pytest.raises(ValueError, match="no gaps"):
+        layer_norm_of_sum_(gapped(x), share, eps=1e-5)
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -437,9 +505,11 @@ def test_the_operators_are_registered_as_torch_asks():
     dtype = torch.bfloat16
     x, weight = random(4, 16, 64, dtype=dtype), random(32, 64, dtype=dtype)
     torch.library.opcheck(linear_op.linear, (x, weight, None, None, weight.float().sum(1), 1e-5, "gelu"))
+    torch.library.opcheck(linear_op.linear_with_moments, (x, weight, None, None))
     torch.library.opcheck(token_conv_op.token_conv, (x, random(64, 3, dtype=dtype)))
     torch.library.opcheck(layer_norm_op.layer_norm, (x, None, 1e-5))
     torch.library.opcheck(layer_norm_op.layer_norm_and_sum, (x, x.new_ones(x.shape[-1]), 1e-5))
+    torch.library.opcheck(layer_norm_op.layer_norm_of_sum_, (x.clone(), x, None, 1e-5))
     maps = random(2, 16, 8, 8, dtype=dtype).contiguous(memory_format=torch.channels_last)
     torch.library.opcheck(conv3x3_op.conv3x3, (maps, random(32, 16, 3, 3, dtype=dtype), None, None, 1, "relu"))
     pictures, weights = random(2, 3, 16, 16, dtype=dtype), random(16, 3, 3, 3, dtype=dtype)

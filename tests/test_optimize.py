@@ -86,18 +86,21 @@ def test_attention_takes_the_fastest_backend(monkeypatch, shape, gradient, first
     assert not gradient or "CUDNN_ATTENTION" not in chosen[0]  # whose backward gives NaN
 
 
-@pytest.mark.parametrize("length", [49, 196])
-def test_padded_heads_keep_the_scale_of_their_width(monkeypatch, length):
+@pytest.mark.parametrize(
+    ("windows", "length", "ours"),
+    [(3, 49, True), (gpu.MANY_WINDOWS, 49, True), (3, 196, True), (gpu.MANY_WINDOWS, 196, False), (3, 300, False)],
+)
+def test_padded_heads_keep_the_scale_of_their_width(monkeypatch, windows, length, ours):
     attention = Attention(24, num_heads=2).eval()  # heads of 12 channels, padded to 16
     kernels = gpu.KernelAttention(attention)
     asked = []
     monkeypatch.setattr(
         gpu, "window_attention", lambda qkv, **how: (asked.append(how), window_attention(qkv, **how))[1]
     )
-    x = torch.randn(3, length, 24)
+    x = torch.randn(windows, length, 24)
     found = kernels.last(kernels(kernels.first(x)))
     torch.testing.assert_close(found, attention(x))
-    assert asked == ([{"num_heads": 2, "scale": 12**-0.5}] if length == 49 else [])
+    assert asked == ([{"num_heads": 2, "scale": 12**-0.5}] if ours else [])
 
 
 def test_it_compiles_without_breaks(amount):

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "Measure speed and memory of networks, ours and timm's."
 AUTO = "auto"
-FLOAT8 = "optimized-float8"  # bfloat16 around its convolutions, whatever --dtype says
+FLOAT8 = "optimized-float8"  # bfloat16 around its products, whatever --dtype says
 NUMBERS = ("px", "batch", "images/s", "ms", "p90", "MiB")  # columns of the table
 WAYS = ("eager", "compile", "fused", "fused-compile", "optimized", "optimized-full", FLOAT8)
 
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time forward passes of networks with random weights. Compare what one run measured, not two runs.",
         epilog="Every combination of models, ways, types and batch sizes is measured; Ctrl-C ends with what is done. "
         "Exit code 1: some of them could not be, for lack of memory or where they do not run."
-        f" {FLOAT8} is bfloat16 around its 8-bit convolutions, whatever --dtype says.",
+        f" {FLOAT8} is bfloat16 around its 8-bit products, whatever --dtype says.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="our variants or timm's models")
     parser.add_argument(

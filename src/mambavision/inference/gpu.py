@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mambavision.inference.exact import CastWithExact
-from mambavision.inference.float8 import Float8ConvBlocks
+from mambavision.inference.float8 import FLOAT8, Float8ConvBlocks, Float8Products
 from mambavision.inference.fuse import FusedMixer
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
@@ -25,18 +25,20 @@ from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
-from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum
-from mambavision.ops.linear import linear
+from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
+from mambavision.ops.linear import linear, linear_with_moments
+from mambavision.ops.linear.float8 import WIDE
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
-from mambavision.ops.window_attention import SHORT_WINDOW, TRAINING_BACKENDS, window_attention
+from mambavision.ops.window_attention import MOST_TOKENS, SHORT_WINDOW, TRAINING_BACKENDS, window_attention
 
 CHANNEL_UNIT, FLOAT8_UNIT = 16, 32  # 32 bytes, what a GPU reads of its memory at once, in 16 and in 8 bits
 HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a head
-# Rows and channels of tokens up to which one kernel a layer, norm and residual included, beats the library's product
-# with kernels for what surrounds it.
-FEW_ROWS, FEW_CHANNELS = 2048, 640
-MANY_WINDOWS = 16  # from which cuDNN's attention beats flash attention; it takes long when it is first called
+# Rows of tokens times the square of their channels, so multiply-adds, up to which one kernel a layer, norm and residual
+# included, beats the library's product with kernels for what surrounds it.
+FEW_WORK = 80 * 2**20
+FLOAT8_ROWS = 768  # rows of tokens from which rounding to 8 bits costs less than its products gain
+MANY_WINDOWS = 24  # from which cuDNN's attention is the fastest
 
 
 def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
@@ -44,7 +46,7 @@ def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
 
     Args:
         fused: the folded network, not yet in half precision.
-        float8: whether the blocks of the convolutional levels compute in 8 bits.
+        float8: whether convolutions, and linear layers of many tokens, multiply in 8 bits.
     """
     unit = FLOAT8_UNIT if float8 else CHANNEL_UNIT
     levels = cast("Sequence[Any]", fused.levels)
@@ -61,7 +63,7 @@ def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
         elif level.window_size is None:
             level.blocks = nn.ModuleList(KernelConvBlock(block, width) for block in level.blocks)
         else:
-            level.blocks = nn.ModuleList([KernelTokens(level, channels)])
+            level.blocks = nn.ModuleList([KernelTokens(level, channels, float8=float8)])
         if level.downsample is not None:
             level.downsample = KernelDownsample(level.downsample, width, cast("int", following))
 
@@ -129,9 +131,10 @@ class KernelTokens(nn.Module):
 
     early: Tensor
 
-    def __init__(self, level: Level, channels: int) -> None:
+    def __init__(self, level: Level, channels: int, *, float8: bool) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(KernelTokenBlock(cast("TokenBlock", block)) for block in level.blocks)
+        self.float8 = float8 and all(block.add_float8() for block in cast("Sequence[KernelTokenBlock]", self.blocks))
         self.register_buffer("early", torch.zeros(channels, device=next(level.parameters()).device))
 
     def round_constants(self) -> None:
@@ -146,9 +149,13 @@ class KernelTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
         windows, length, channels = x.shape
+        differentiated = torch.is_grad_enabled() and x.requires_grad
+        if self.float8 and windows * length >= FLOAT8_ROWS and x.dtype in WIDE and not differentiated:
+            return self._in_float8(x)
         if takes_few(x):
+            moments = None
             for block in self.blocks:
-                x = block(x)
+                x, moments = block(x, moments)
             return x
         blocks = cast("Sequence[KernelTokenBlock]", self.blocks)
         normed, x = layer_norm_and_sum(x.reshape(-1, channels), self.early, eps=blocks[0].eps)
@@ -156,13 +163,24 @@ class KernelTokens(nn.Module):
             block.add_to(x, length, normed if block is blocks[0] else layer_norm(x, block.early1, eps=block.eps))
         return x.view(windows, length, channels)
 
+    def _in_float8(self, x: Tensor) -> Tensor:
+        """The same; products in 8 bits cannot add to the stream, so the next norm does it before its own work."""
+        windows, length, channels = x.shape
+        blocks = cast("Sequence[KernelTokenBlock]", self.blocks)
+        normed, x = layer_norm_and_sum(x.reshape(-1, channels), self.early, eps=blocks[0].eps, dtype=FLOAT8)
+        share = blocks[0].add_in_float8(x, length, normed)
+        for block in blocks[1:]:
+            normed = layer_norm_of_sum_(x, share, block.early1, eps=block.eps, dtype=FLOAT8)
+            share = block.add_in_float8(x, length, normed)
+        return x.add_(share).view(windows, length, channels)
+
 
 def takes_few(x: Tensor) -> bool:
     """Whether tokens x, (windows, length, channels), go block by block."""
     windows, length, channels = x.shape
     if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
         return True
-    return windows * length <= FEW_ROWS and channels <= FEW_CHANNELS
+    return windows * length * channels**2 <= FEW_WORK
 
 
 class KernelTokenBlock(CastWithExact):
@@ -182,6 +200,14 @@ class KernelTokenBlock(CastWithExact):
         self.fc1, self.fc2 = block.mlp.fc1, block.mlp.fc2
         for name in self.exact:
             self.register_buffer(name, None)
+        self.products: Float8Products | None = None
+
+    def add_float8(self) -> bool:
+        """Have products in 8 bits as well; whether that is possible."""
+        layers = self.mixer.first, self.fc1, self.fc2
+        if Float8Products.fit(*layers):
+            self.products = Float8Products(*layers)
+        return self.products is not None
 
     def sum_biases(self) -> Tensor:
         """All that the block's biases add to the stream, float64."""
@@ -197,12 +223,21 @@ class KernelTokenBlock(CastWithExact):
         self.early2 = -early.float()
         return early - self.fc2.bias.double()
 
-    def forward(self, x: Tensor) -> Tensor:  # (windows, length, dim), the same out
+    def forward(self, x: Tensor, moments: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """On x (windows, length, dim), and what is known of its moments; returns both anew."""
         first, last = self.mixer.first, self.mixer.last
-        u = linear(x, first.weight, first.bias, norm_eps=self.eps, weight_sum=self.sum1)
-        x = linear(self.mixer(u), last.weight, last.bias, residual=x)
-        hidden = linear(x, self.fc1.weight, self.fc1.bias, norm_eps=self.eps, weight_sum=self.sum2, activation="gelu")
-        return linear(hidden, self.fc2.weight, self.fc2.bias, residual=x)
+        u = linear(x, first.weight, first.bias, norm_eps=self.eps, weight_sum=self.sum1, moments=moments)
+        x, moments = _added(self.mixer(u), last, x)
+        hidden = linear(
+            x,
+            self.fc1.weight,
+            self.fc1.bias,
+            norm_eps=self.eps,
+            weight_sum=self.sum2,
+            moments=moments,
+            activation="gelu",
+        )
+        return _added(hidden, self.fc2, x)
 
     def add_to(self, x: Tensor, length: int, normed: Tensor) -> None:
         """The same on the stream x (rows, dim), in place; its biases are there already. `normed`: its first norm."""
@@ -215,6 +250,22 @@ class KernelTokenBlock(CastWithExact):
         # with an error of up to 2^-12 of what comes in.
         hidden = linear(normed, self.fc1.weight, self.fc1.bias, activation="gelu_tanh" if x.is_cuda else "gelu")
         x.addmm_(hidden, self.fc2.weight.t())
+
+    def add_in_float8(self, x: Tensor, length: int, normed: Tensor) -> Tensor:
+        """Like `add_to`, with `normed` in 8 bits; the MLP's share is not added but returned."""
+        products = cast("Float8Products", self.products)
+        u = products.first(normed, x.dtype)
+        mixed = self.mixer(u.view(-1, length, u.shape[1]))
+        x.addmm_(mixed.reshape(x.shape[0], -1), self.mixer.last.weight.t())
+        normed = layer_norm(x, self.early2, eps=self.eps, dtype=FLOAT8)
+        return cast("Tensor", products.fc2(products.fc1(normed, x.dtype, activation="gelu_tanh"), x.dtype))
+
+
+def _added(x: Tensor, layer: nn.Linear, stream: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The layer's share added to the stream, and the sum's moments where a kernel gives them."""
+    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+        return linear(x, layer.weight, layer.bias, residual=stream), None
+    return linear_with_moments(x, layer.weight, layer.bias, residual=stream)
 
 
 class KernelMixer(CastWithExact):
@@ -277,7 +328,7 @@ class KernelAttention(nn.Module):
         windows, length, _ = qkv.shape
         if windows == 0:  # which not every fused kernel takes
             return qkv[..., : self.num_heads * self.width]
-        if length <= SHORT_WINDOW:
+        if length <= (SHORT_WINDOW if windows >= MANY_WINDOWS else MOST_TOKENS):
             return window_attention(qkv, num_heads=self.num_heads, scale=self.scale)
         q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
         with _fastest_attention(q):

@@ -48,7 +48,7 @@ def optimize(
             for each kernel, on a CPU without packed kernels to compile.
         dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, bfloat16 on a CPU
             with instructions for it (`cpu.has_fast_bfloat16`), float32 elsewhere.
-            float8_e4m3fn is for the blocks of the convolutional levels alone, with bfloat16 around them: faster where
+            float8_e4m3fn is for large products alone, with bfloat16 around them: faster where
             channels are many, and less exact (see `inference.float8`).
 
     Raises:

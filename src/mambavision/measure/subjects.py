@@ -94,7 +94,7 @@ def prepare(
     prepared, compiled, casts = WAYS[way]
     check_name(name)
     if way == "optimized-float8" and dtype != "bfloat16":
-        raise ValueError(f"{way} computes in bfloat16 around its 8-bit convolutions; choose that type, not {dtype}.")
+        raise ValueError(f"{way} computes in bfloat16 around its 8-bit products; choose that type, not {dtype}.")
     remedy = "choose another model or device" if img_size is None else "choose another --img-size, model or device"
     with fitting(f"{name} ({way}, {dtype})", device, remedy):
         if name in VARIANTS:

@@ -54,16 +54,20 @@ def to_float8(x: Tensor, *, backend: str = "auto") -> Tensor:
     return select("to_float8", BACKENDS, situation_of(x), backend).backend.function(x)
 
 
-def scaled_to_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def scaled_to_float8(weight: Tensor, *, together: bool = False) -> tuple[Tensor, Tensor]:
     """A weight as 8-bit numbers and the scale of each of its outputs, so that their product is the weight, rounded.
 
     Args:
         weight: (columns, ...), any floating type.
+        together: whether all outputs have the same scale.
 
     Returns:
-        float8_e4m3fn like the weight, and float32 (columns,). The largest number of each output becomes 448.
+        float8_e4m3fn like the weight, and float32 (columns,). The largest number of each output, or of all, becomes
+        448.
     """
     largest = weight.float().abs().flatten(1).amax(1)
+    if together:
+        largest = largest.amax().expand(largest.shape)
     scale = torch.where(largest > 0, largest / LARGEST, 1.0)
     return to_float8(weight.float() / scale.reshape(-1, *[1] * (weight.dim() - 1))), scale
 

@@ -122,6 +122,20 @@ def _(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor, residual: Tensor
     return empty_map(x, weight, dtype=residual.dtype), empty_map(x, weight)
 
 
+@custom_op("mambavision::linear_hopper_float8", mutates_args=())
+def linear_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
+    """Like `linear`, of 8-bit numbers (rows, inner) and to such."""
+    (rows, inner), columns = x.shape, weight.shape[0]
+    copy = x.new_empty((rows, columns))
+    as_map = x.view(1, 1, rows, inner).permute(0, 3, 1, 2)
+    result = copy.view(1, 1, rows, columns).permute(0, 3, 1, 2)
+    _fill(None, result, as_map, weight[:, :, None, None], scale, bias, None, 1, activation)
+    return copy
+
+
+linear_float8.register_fake(lambda x, weight, _scale, _bias, _activation: x.new_empty((x.shape[0], weight.shape[0])))
+
+
 @cache
 def _processors(device: int) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -7,6 +7,7 @@ import triton.language as tl
 @triton.jit(do_not_specialize=["rows"])
 def layer_norm_kernel(
     x,  # (rows, channels)
+    share,  # (rows, channels): is first added to x, in place
     offset,  # (channels,)
     out,  # (rows, channels)
     shift,  # (channels,)
@@ -16,15 +17,21 @@ def layer_norm_kernel(
     eps: tl.constexpr,  # not a number at run time, which torch.compile would pass as a float64
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    HAS_SHARE: tl.constexpr,
     HAS_OFFSET: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
-    """BLOCK_M rows: out = norm(x + offset), shifted = x + shift. Grid: (blocks of rows,)."""
+    """BLOCK_M rows: x += share, out = norm(x + offset), shifted = x + shift. Grid: (blocks of rows,)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N)
     there = (row < rows)[:, None] & (column < channels)[None, :]
     place = row.to(tl.int64)[:, None] * channels + column[None, :]
     v = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    if HAS_SHARE:
+        v += tl.load(share + place, mask=there, other=0.0).to(tl.float32)
+        total = v.to(x.dtype.element_ty)
+        tl.store(x + place, total, mask=there)
+        v = total.to(tl.float32)
     if HAS_SHIFT:
         more = tl.load(shift + column, mask=column < channels, other=0.0).to(tl.float32)
         tl.store(shifted + place, (v + more[None, :]).to(shifted.dtype.element_ty), mask=there)

@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 from mambavision.ops.activation_kernels import activated
+from mambavision.ops.linear import reference
+
+PART = tl.constexpr(reference.PART)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -13,7 +16,9 @@ def linear_kernel(
     bias,  # (columns,)
     weight_sum,  # (columns,): sums of the weight's rows, float32
     residual,  # (rows, columns)
+    moments,  # (rows, 2, parts of inner): of x, float32
     out,  # (rows, columns)
+    out_moments,  # (rows, 2, parts of columns): of out, each part's mean and squares around it, float32
     rows,
     columns,
     inner,  # this and the row strides in units of UNIT elements, so that the compiler knows what divides them
@@ -28,6 +33,8 @@ def linear_kernel(
     GROUP: tl.constexpr,  # rows of tiles that are worked on together, for the cache
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides `inner`
     NORM: tl.constexpr,
+    PARTS: tl.constexpr,  # of inner, rounded up to a power of 2, where moments are given, else 0
+    GIVES_MOMENTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ACTIVATION: tl.constexpr,
@@ -35,7 +42,9 @@ def linear_kernel(
     """A tile of act(norm(x) weight^T + bias) + residual. Grid: (tiles,).
 
     The norm is not applied to x but to the product: with mean m and deviation s of a row, the normalised row times a
-    row w of the weight is (x w - m sum(w)) / s. So x goes to the matrix unit as it is.
+    row w of the weight is (x w - m sum(w)) / s. So x goes to the matrix unit as it is. What m and s need of it is read
+    from x, or, sixteen times less, from what the kernel that made x has left of each PART columns. No square is of
+    numbers that lie far from zero side by side: their sum would lose the digits that the deviation is made of.
     """
     inner = inner * UNIT
     tiles_m = tl.cdiv(rows, BLOCK_M)
@@ -51,17 +60,32 @@ def linear_kernel(
 
     # Rows and columns past the end read what another does and are not stored.
     x_at = x + (row % rows).to(tl.int64)[:, None] * (x_row * UNIT) + k[None, :]
-    if NORM:
+    if NORM and PARTS > 0:
+        part, parts = tl.arange(0, PARTS), tl.cdiv(inner, PART)
+        at = moments + (row % rows).to(tl.int64)[:, None] * (2 * parts) + part[None, :]
+        means = tl.load(at, mask=(part < parts)[None, :], other=0.0)
+        within = tl.load(at + parts, mask=(part < parts)[None, :], other=0.0)
+        many = tl.maximum(tl.minimum(inner - part * PART, PART), 0).to(tl.float32)[None, :]
+        mean = tl.sum(many * means, 1) / inner
+        apart = means - mean[:, None]
+        variance = tl.sum(within + many * apart * apart, 1) / inner
+    elif NORM:
         # In a loop of its own: the product's loop leaves x in shared memory, where threads may not look at it.
         total = tl.zeros([BLOCK_M], tl.float32)
         squares = tl.zeros([BLOCK_M], tl.float32)
         # In wide steps, since nothing hides their latency.
         part = tl.arange(0, 256)
-        row_at = x + (row % rows).to(tl.int64)[:, None] * (x_row * UNIT) + part[None, :]
+        first_at = x + (row % rows).to(tl.int64) * (x_row * UNIT)
+        first = tl.load(first_at).to(tl.float32)
         for start in range(0, inner, 256):
-            wide = tl.load(row_at + start, mask=(start + part < inner)[None, :], other=0.0).to(tl.float32)
+            here = (start + part < inner)[None, :]
+            wide = tl.load(first_at[:, None] + (start + part)[None, :], mask=here, other=0.0).to(tl.float32)
+            wide = tl.where(here, wide - first[:, None], 0.0)
             total += tl.sum(wide, 1)
             squares += tl.sum(wide * wide, 1)
+        mean = total / inner
+        variance = squares / inner - mean * mean
+        mean += first
     weight_at = weight + (column % columns)[None, :] * inner + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, inner, BLOCK_K):
@@ -77,8 +101,7 @@ def linear_kernel(
 
     inside = column < columns
     if NORM:
-        mean = total / inner
-        rate = tl.rsqrt(tl.maximum(squares / inner - mean * mean, 0.0) + eps)
+        rate = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
         sums = tl.load(weight_sum + column, mask=inside, other=0.0)
         acc = (acc - mean[:, None] * sums[None, :]) * rate[:, None]
     if HAS_BIAS:
@@ -89,4 +112,16 @@ def linear_kernel(
     if HAS_RESIDUAL:
         before = tl.load(residual + wide_row * (residual_row * UNIT) + column[None, :], mask=there, other=0.0)
         acc += before.to(tl.float32)
-    tl.store(out + wide_row * (out_row * UNIT) + column[None, :], acc.to(out.dtype.element_ty), mask=there)
+    rounded = acc.to(out.dtype.element_ty)
+    tl.store(out + wide_row * (out_row * UNIT) + column[None, :], rounded, mask=there)
+    if GIVES_MOMENTS:
+        part, parts = tile_n * (BLOCK_N // PART) + tl.arange(0, BLOCK_N // PART), tl.cdiv(columns, PART)
+        many = tl.maximum(tl.minimum(columns - part * PART, PART), 1).to(tl.float32)[None, :]
+        value = tl.reshape(tl.where(inside[None, :], rounded.to(tl.float32), 0.0), (BLOCK_M, BLOCK_N // PART, PART))
+        means = tl.sum(value, 2) / many
+        within = (part[:, None] * PART + tl.arange(0, PART)[None, :] < columns)[None, :, :]
+        value = tl.where(within, value - means[:, :, None], 0.0)
+        at = out_moments + wide_row * (2 * parts) + part[None, :]
+        there = (row < rows)[:, None] & (part < parts)[None, :]
+        tl.store(at, means, mask=there)
+        tl.store(at + parts, tl.sum(value * value, 2), mask=there)

@@ -12,6 +12,7 @@ from torch.library import triton_op
 from mambavision.ops.hopper import cuda_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.linear.kernels import linear_kernel
+from mambavision.ops.linear.reference import PART
 from mambavision.ops.tiles import HOPPER, LIBRARY, Tile, choose, common_unit, is_large, small_tiles, that_fit
 
 GROUP = 8
@@ -33,6 +34,7 @@ def linear(
     weight_sum: Tensor | None,
     norm_eps: float,
     activation: str,
+    moments: Tensor | None = None,
 ) -> Tensor:
     """act(norm(x) weight^T + bias) + residual, contiguous; normed where `weight_sum` is given."""
     columns, inner = weight.shape
@@ -49,7 +51,7 @@ def linear(
             assert bias is not None
             return torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True).view(shape)
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
-        launch(x, weight, bias, residual, weight_sum, norm_eps, activation, out, tile)
+        launch(x, weight, bias, residual, weight_sum, norm_eps, activation, out, tile, moments=moments)
         return out
 
     tiles = that_fit(candidates(rows, columns), x.element_size(), x.device)
@@ -60,9 +62,31 @@ def linear(
     served = plain and is_large(rows, columns) and hopper.serves(x, weight, None, bias, None, activation)
     if served:
         tiles.insert(0, HOPPER)
-    without = tuple(each is None for each in (weight_sum, bias, residual))
+    without = tuple(each is None for each in (weight_sum, bias, residual, moments))
     key = ("linear", rows, columns, inner, x.dtype, activation, without, by_library, served, x.device)
     return run(choose(key, tiles, run))
+
+
+@triton_op("mambavision::linear_with_moments", mutates_args=())
+def linear_with_moments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """X weight^T + bias + residual, contiguous, and its moments."""
+    columns, inner = weight.shape
+    shape = (*x.shape[:-1], columns)
+    rows = prod(shape[:-1])
+    moments = torch.empty((rows, 2, -(-columns // PART)), dtype=torch.float32, device=x.device)
+    if rows == 0 or columns == 0:
+        return x.new_empty(shape), moments
+
+    def run(tile: Tile) -> Tensor:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device)
+        launch(x, weight, bias, residual, None, 0.0, "none", out, tile, out_moments=moments)
+        return out
+
+    tiles = that_fit(candidates(rows, columns), x.element_size(), x.device)
+    without = tuple(each is None for each in (bias, residual))
+    return run(choose(("linear_with_moments", rows, columns, inner, x.dtype, without, x.device), tiles, run)), moments
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -79,20 +103,25 @@ def launch(
     activation: str,
     out: Tensor,
     tile: Tile,
+    *,
+    moments: Tensor | None = None,
+    out_moments: Tensor | None = None,
 ) -> None:
-    """Fill `out` by the Triton kernel."""
+    """Fill `out`, and `out_moments` where they are asked for, by the Triton kernel."""
     columns, inner = weight.shape
     x2, out2 = _rows(x), out.view(-1, columns)
     rows = x2.shape[0]
     residual2 = out2 if residual is None else _rows(residual)
-    weight, bias, weight_sum = weight.contiguous(), dense(bias), dense(weight_sum)
+    weight, bias, weight_sum, moments = weight.contiguous(), dense(bias), dense(weight_sum), dense(moments)
     unit = common_unit(inner, x2.stride(0), residual2.stride(0), columns)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
     launcher(linear_kernel)[grid](
-        x2, weight, bias, weight_sum, residual2, out2,
+        x2, weight, bias, weight_sum, residual2, moments, out2, out_moments,
         rows, columns, inner // unit, x2.stride(0) // unit, residual2.stride(0) // unit, columns // unit, norm_eps,
         UNIT=unit, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP=GROUP,
-        EVEN_K=inner % tile.inner == 0, NORM=weight_sum is not None, HAS_BIAS=bias is not None,
+        EVEN_K=inner % tile.inner == 0, NORM=weight_sum is not None,
+        PARTS=0 if moments is None else triton.next_power_of_2(moments.shape[2]),
+        GIVES_MOMENTS=out_moments is not None, HAS_BIAS=bias is not None,
         HAS_RESIDUAL=residual is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

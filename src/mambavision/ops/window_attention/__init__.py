@@ -70,4 +70,4 @@ def window_attention(
     return attend(qkv, num_heads, dropout, width**-0.5 if scale is None else scale)
 
 
-__all__ = ["BACKENDS", "SHORT_WINDOW", "TRAINING_BACKENDS", "window_attention"]
+__all__ = ["BACKENDS", "MOST_TOKENS", "SHORT_WINDOW", "TRAINING_BACKENDS", "window_attention"]
