@@ -94,7 +94,13 @@ def main() -> None:
     square = (SIDE, SIDE)
     # What is published of ours holds for another size or 8 bits no more.
     published = {(spec.variant, "optimized", square): spec.top1 for spec in WEIGHTS.values()}
-    jobs = [(f"mamba_vision_{name}", "optimized", square, (1, 128)) for name in arguments.ours]
+    batches: dict[str, tuple[int, ...]] = {f"mamba_vision_{name}": (1, 128) for name in arguments.ours}
+    if arguments.large:  # beside each large batch one of as many pixels
+        for name, (height, width), batch in LARGE:
+            same = "_".join(name.split("_")[:3])
+            if same in batches:
+                batches[same] += (round(batch * height * width / SIDE**2),)
+    jobs = [(name, "optimized", square, sizes) for name, sizes in batches.items()]
     if fault := refuse_float8_kernels(Situation("cuda", torch.float8_e4m3fn)):
         print(f"{FLOAT8} is left out: {fault}")
     else:

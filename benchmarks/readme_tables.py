@@ -137,6 +137,8 @@ TABLES: dict[str, tuple[Column, ...]] = {
         Column("megapixels_per_second", "megapixels/s", ","),
         Column("usual", "at 224 px, batch 128", ","),
         Column("ratio", "ratio", ".2f"),
+        Column("as_many", "at 224 px, as many pixels", ","),
+        Column("even", "ratio", ".2f"),
         Column("work", "multiply-adds a pixel, ratio", ".2f"),
     ),
     "gpu_latency": (
@@ -171,7 +173,7 @@ TABLES: dict[str, tuple[Column, ...]] = {
     ),
     "float8_error": (
         Column("model", "model"),
-        Column("dtype", "convolutions of the first levels"),
+        Column("dtype", "products"),
         Column("top1", "top-1 %", ".2f"),
         Column("logit_error", "relative error of the logits", ".1e"),
     ),
@@ -291,11 +293,11 @@ def rivals(rows: Sequence[dict[str, Any]], others: Sequence[dict[str, Any]]) -> 
 
 
 def by_pixels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Larger pictures beside those of 224 px, through the same network."""
+    """Larger pictures beside those of 224 px, through the same network: 128, and as many as have the same pixels."""
     usual = {
-        row["model"]: row["megapixels_per_second"]
+        (row["model"], row["batch"]): row["megapixels_per_second"]
         for row in rows
-        if row["batch"] == 128 and row["way"] == "optimized" and row["picture"] == USUAL
+        if row["way"] == "optimized" and row["picture"] == USUAL
     }
     large = [row for row in rows if row["model"].startswith(OURS) and row["picture"] != USUAL]
     pairs = []
@@ -303,8 +305,10 @@ def by_pixels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         same = "_".join(row["model"].split("_")[:3])
         height, width = map(int, row["picture"].split(" x "))
         work = _work_of_pixel(row["model"], height, width) / _work_of_pixel(same, 224, 224)
-        ratio = row["megapixels_per_second"] / usual[same]
-        pairs.append(row | {"usual": usual[same], "ratio": ratio, "work": work})
+        as_many = usual[same, round(row["batch"] * height * width / 224**2)]
+        speed, many = row["megapixels_per_second"], usual[same, 128]
+        pair = {"usual": many, "ratio": speed / many, "as_many": as_many, "even": speed / as_many, "work": work}
+        pairs.append(row | pair)
     return pairs
 
 

@@ -28,8 +28,9 @@ class _Recorded(NamedTuple):
 class GraphRunner:
     """Runs a function of one CUDA tensor through a graph for each shape that comes more than once.
 
-    Results are copies: they stay what they are when the next one is computed. Graphs share one pool of memory. A copy
-    of a runner, by `copy` or `pickle`, has no graphs yet. Threads take turns, and must use one CUDA stream.
+    What a graph computes comes back as a copy, in the type of x: it stays what it is when the next one is computed.
+    Graphs share one pool of memory. A copy of a runner, by `copy` or `pickle`, has no graphs yet. Threads take turns,
+    and must use one CUDA stream.
 
     Args:
         dtype: of the tensor that the function sees; what comes is cast.
@@ -62,7 +63,9 @@ class GraphRunner:
             recorded.input.copy_(x)
             recorded.graph.replay()
             output = recorded.output
-            return output.clone() if isinstance(output, Tensor) else [tensor.clone() for tensor in output]
+            if isinstance(output, Tensor):
+                return output.to(x.dtype, copy=True)
+            return [tensor.to(x.dtype, copy=True) for tensor in output]
 
     def clear(self) -> None:
         """Forget all graphs, as after a change of the weights."""

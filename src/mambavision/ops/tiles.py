@@ -39,16 +39,17 @@ class Tile(NamedTuple):
 
 # No tiles of ours: the library's product, and that of the kernel in CUDA C++ for GPUs of the Hopper generation.
 LIBRARY, HOPPER = Tile(0, 0, 0, 0, 0), Tile(0, 0, 0, 0, 1)
-# For little work: the first that gives enough programs to keep a large GPU busy, else the last.
-SMALL = (Tile(64, 64, 64, 4, 4), Tile(64, 32, 64, 4, 4), Tile(64, 16, 128, 4, 3))
-_BUSY = 80  # programs
+# For little work: the first that gives enough programs to keep a large GPU busy, else the last. Few programs need many
+# stages: in a network the weights come from memory, whose time an operand under way must cover.
+SMALL = (Tile(64, 64, 64, 4, 4), Tile(64, 32, 128, 4, 4), Tile(64, 16, 128, 4, 5))
+_BUSY = 72  # programs
 
 
 def small_tiles(rows: int, columns: int) -> list[Tile]:
     """`SMALL`, the likely best first."""
     programs = [-(-rows // tile.rows) * -(-columns // tile.columns) for tile in SMALL]
     first = next((tile for tile, count in zip(SMALL, programs, strict=True) if count >= _BUSY), SMALL[-1])
-    return [first, *(tile for tile in SMALL if tile != first)]
+    return [first, *(tile for tile in reversed(SMALL) if tile != first)]
 
 
 def common_unit(*lengths: int) -> int:
