@@ -55,9 +55,9 @@ OPS = ("conv3x3", "conv3x3.float8", "float8", "layer_norm", "linear", "selective
 for name in OPS:
     __import__(f"mambavision.ops.{name}")
     module = sys.modules[f"mambavision.ops.{name}"]
-    accepting = [Backend(row.name, row.function, row.strength, lambda _: None) for row in module.BACKENDS]
-    module.refuse_inference_kernels = lambda _: None
-    module.BACKENDS = tuple(row for row in accepting if row.name == "triton")
+    for table in ("BACKENDS", "SUM_BACKENDS", "IN_PLACE_BACKENDS", "MOMENTS_BACKENDS"):
+        rows = sorted(getattr(module, table, ()), key=lambda row: row.name != "triton")  # the first one is taken
+        setattr(module, table, tuple(Backend(row.name, row.function, row.strength, lambda _: None) for row in rows))
 
 names = set()
 for network, batch in networks:

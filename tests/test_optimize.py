@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from deterministic_weights import deterministic_images
 from mambavision import create_model
@@ -401,8 +402,11 @@ def test_it_compiles_with_its_kernels(batch):
     model = trained().eval().cuda()
     network = optimize(model)
     images = torch.randn(batch, 3, 64, 64, device="cuda")
-    with torch.no_grad():
-        compiled = torch.compile(network, fullgraph=True)(images)
+    with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+        compiled, code = run_and_get_code(torch.compile(network, fullgraph=True), images)
+        assert code
+        # With NaN memory would be filled before a kernel fills it.
+        assert not any('float("nan")' in part for part in code)
         assert difference(compiled, network(images)) < 1e-2
         assert difference(compiled, model(images)) < 3e-2
 

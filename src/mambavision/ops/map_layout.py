@@ -18,7 +18,16 @@ def laid_out(x: Tensor, weight: Tensor, residual: Tensor | None) -> tuple[Tensor
     return x, weight, residual
 
 
+def new_map(batch: int, channels: int, height: int, width: int, *, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a map, (batch, channels, height, width), channels-last, on the device of `like`.
+
+    Not asked for by `memory_format`: PyTorch's compiler would fill that before a kernel does.
+    """
+    return torch.empty((batch, height, width, channels), dtype=dtype, device=like.device).permute(0, 3, 1, 2)
+
+
 def empty_map(x: Tensor, weight: Tensor, stride: int = 1, dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for the result, channels-last; of the type of x unless another is given."""
-    shape = (x.shape[0], weight.shape[0], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+    """Memory for the result of a 3x3 convolution; of the type of x unless another is given."""
+    batch, _, height, width = x.shape
+    height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
+    return new_map(batch, weight.shape[0], height, width, like=x, dtype=dtype or x.dtype)

@@ -13,6 +13,7 @@ from torch.library import triton_op
 
 from mambavision.ops.batch_norm import kernels
 from mambavision.ops.launch import dense, launcher
+from mambavision.ops.map_layout import new_map
 
 BLOCK_M, BLOCK_N = 32, 128
 SUM_M, STAGES = 16, 4  # of the kernels that sum: rows a step, steps whose loads are under way
@@ -63,7 +64,7 @@ def batch_norm(
         CHANNELS=channels, FOLD=how.fold, BLOCK_P=MERGE_P, BLOCK_C=MERGE_C, num_warps=8,
     )  # fmt: skip
     kind = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    out = _empty(x, kind)
+    out = new_map(*x.shape, like=x, dtype=kind)
     launcher(kernels.apply_kernel)[(triton.cdiv(how.rows, BLOCK_M) * how.tiles,)](
         x, weight, bias, mean, variance, scale, None if residual is None else _channels_last(residual), out,
         how.rows, how.picture_rows, eps, CHANNELS=channels, COLUMNS=how.columns, BLOCK_M=BLOCK_M, BLOCK_N=BLOCK_N,
@@ -100,7 +101,7 @@ def batch_norm_backward(
         partial, variance, grad_weight, grad_bias, how.groups, eps,
         CHANNELS=channels, FOLD=how.fold, BLOCK_P=MERGE_P, BLOCK_C=MERGE_C, num_warps=8,
     )  # fmt: skip
-    grad_x = _empty(x, x.dtype)
+    grad_x = new_map(*x.shape, like=x, dtype=x.dtype)
     launcher(kernels.gradient_kernel)[(triton.cdiv(how.rows, BLOCK_M) * how.tiles,)](
         x, grad_y, weight, bias, mean, variance, grad_weight, grad_bias, scale, grad_x,
         how.rows, how.picture_rows, batch * height * width, eps, BLOCK_M=BLOCK_M, **tile, **what,
@@ -113,12 +114,6 @@ def _sums(how: Plan, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     partial = torch.empty((how.groups, 2, how.columns), dtype=torch.float32, device=device)
     first, second = (torch.empty((how.channels,), dtype=torch.float32, device=device) for _ in range(2))
     return partial, first, second
-
-
-def _empty(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Room for a map like x, channels-last; so made that a compiler does not fill it."""
-    batch, channels, height, width = x.shape
-    return torch.empty((batch, height, width, channels), dtype=dtype, device=x.device).permute(0, 3, 1, 2)
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

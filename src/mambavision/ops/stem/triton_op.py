@@ -9,6 +9,7 @@ from torch.library import triton_op
 
 from mambavision.ops.conv3x3.triton_op import launch
 from mambavision.ops.launch import launcher
+from mambavision.ops.map_layout import new_map
 from mambavision.ops.stem.kernels import first_conv_kernel, stem_kernel
 from mambavision.ops.tiles import Tile, choose, common_unit
 
@@ -32,16 +33,14 @@ def stem(
     bias1, bias2 = bias1.contiguous(), bias2.contiguous()
     patch = triton.next_power_of_2(9 * colours)
     if pixels >= TWO_STEPS_FROM:
-        shape = (batch, middle, mid_height, mid_width)
-        between = torch.empty(shape, dtype=weight1.dtype, device=x.device, memory_format=torch.channels_last)
+        between = new_map(batch, middle, mid_height, mid_width, like=x, dtype=weight1.dtype)
         launcher(first_conv_kernel)[(triton.cdiv(batch * mid_height * mid_width, FIRST_PIXELS),)](
             x, weight1, bias1, between, batch, height, width, mid_height, mid_width, *x.stride(),
             IN=colours, PATCH=patch, MIDDLE=middle, STRIDE=stride1, BLOCK_M=FIRST_PIXELS, num_warps=4,
         )  # fmt: skip
         return launch(between, weight2, bias2, None, stride2, "relu")
     weight2 = weight2.contiguous(memory_format=torch.channels_last)
-    shape = (batch, columns, out_height, out_width)
-    out = torch.empty(shape, dtype=weight1.dtype, device=x.device, memory_format=torch.channels_last)
+    out = new_map(batch, columns, out_height, out_width, like=x, dtype=weight1.dtype)
     unit = common_unit(columns)
 
     def run(tile: Tile) -> None:
