@@ -88,26 +88,28 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", metavar="NAME", default=list(PEERS), choices=PEERS, help="default: all")
     parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
     parser.add_argument("--ours", nargs="*", default=list(OURS), choices=OURS, help="default: all")
-    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True, help="large pictures as well")
+    parser.add_argument(
+        "--large",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="large pictures as well, of those of ours that are measured",
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda")
     square = (SIDE, SIDE)
     # What is published of ours holds for another size or 8 bits no more.
     published = {(spec.variant, "optimized", square): spec.top1 for spec in WEIGHTS.values()}
     batches: dict[str, tuple[int, ...]] = {f"mamba_vision_{name}": (1, 128) for name in arguments.ours}
-    if arguments.large:  # beside each large batch one of as many pixels
-        for name, (height, width), batch in LARGE:
-            same = "_".join(name.split("_")[:3])
-            if same in batches:
-                batches[same] += (round(batch * height * width / SIDE**2),)
+    large = [job for job in LARGE if _same(job[0]) in batches and arguments.large]
+    for name, (height, width), batch in large:  # beside each a batch of as many pixels
+        batches[_same(name)] += (round(batch * height * width / SIDE**2),)
     jobs = [(name, "optimized", square, sizes) for name, sizes in batches.items()]
     if fault := refuse_float8_kernels(Situation("cuda", torch.float8_e4m3fn)):
         print(f"{FLOAT8} is left out: {fault}")
     else:
         jobs += [(f"mamba_vision_{name}", FLOAT8, square, (1, 128)) for name in WIDE if name in arguments.ours]
     jobs += [(f"mamba_vision_{name}", FULL, square, (1, 128)) for name in TUNED if name in arguments.ours]
-    if arguments.large:
-        jobs += [(name, "optimized", size, (batch,)) for name, size, batch in LARGE]
+    jobs += [(name, "optimized", size, (batch,)) for name, size, batch in large]
     for name in arguments.peers:
         size = (PEERS[name].side, PEERS[name].side)
         jobs += [(name, way, size, (1, 128) if name in LATENCY_OF else (128,)) for way in ("compile", "eager")]
@@ -148,6 +150,11 @@ def main() -> None:
         for row in rows:
             table.add_row(*map(str, row.values()))
         Console(width=150).print(table)
+
+
+def _same(large: str) -> str:
+    """The network of ours that a large picture's is, for pictures of the usual size."""
+    return "_".join(large.split("_")[:3])
 
 
 def _write(rows: list[dict[str, Any]], device: torch.device, seconds: float) -> None:

@@ -305,7 +305,10 @@ def by_pixels(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         same = "_".join(row["model"].split("_")[:3])
         height, width = map(int, row["picture"].split(" x "))
         work = _work_of_pixel(row["model"], height, width) / _work_of_pixel(same, 224, 224)
-        as_many = usual[same, round(row["batch"] * height * width / 224**2)]
+        equal = round(row["batch"] * height * width / 224**2)
+        if not {(same, 128), (same, equal)} <= usual.keys():
+            raise TableError(f"gpu_inference.json has no batches of 128 and {equal} of {same}; measure them with it.")
+        as_many = usual[same, equal]
         speed, many = row["megapixels_per_second"], usual[same, 128]
         pair = {"usual": many, "ratio": speed / many, "as_many": as_many, "even": speed / as_many, "work": work}
         pairs.append(row | pair)

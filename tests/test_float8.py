@@ -11,9 +11,11 @@ import torch
 
 from mambavision import create_model
 from mambavision.inference import gpu, optimize
+from mambavision.inference.float8 import FLOAT8
 from mambavision.inference.fuse import fuse
 from mambavision.inference.optimization import finished
 from mambavision.ops.activation import activate
+from mambavision.ops.backend import Situation
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
 from mambavision.ops.float8 import scaled_to_float8, to_float8
 from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
@@ -73,6 +75,7 @@ def test_the_kernel_rounds_maps_of_any_layout(dtype):
     for view in (x, x.contiguous(memory_format=LAST), x[:, 1:], x[..., ::2], x.permute(0, 3, 2, 1), x[:0]):
         found, expected = triton_op("float8").to_float8(view), to_float8(view, backend="reference")
         assert found.shape == expected.shape
+        assert found.stride() == torch.empty_like(view).stride()
         found, expected = mended(found, expected), expected.double()
         if DEVICE == "cuda":
             assert torch.equal(found, expected)
@@ -215,7 +218,7 @@ def test_the_packaged_model_sees_the_same_in_photographs(rows, monkeypatch):
     images = photographs(model)
     with torch.no_grad():
         found, expected = of_float8(model)(images), model(images)
-    assert 1e-3 < difference(found, expected) < 8e-2  # 8-bit numbers were used, and no harm was done
+    assert 3e-2 < difference(found, expected) < 8e-2  # more than 16 bits take, and no harm was done
     assert torch.equal(found.argmax(1), expected.argmax(1))
 
 
@@ -259,6 +262,18 @@ def test_a_gradient_is_not_lost_in_silence():
     network = of_float8(create_model("mamba_vision_test_tiny").eval())
     with pytest.raises(RuntimeError, match="float8 has no gradients"):
         network(torch.randn(1, 3, 64, 64, requires_grad=True))
+
+
+def test_norms_are_left_to_pytorch_where_a_gpu_has_no_8_bits(monkeypatch):
+    from mambavision.ops.layer_norm import BACKENDS, IN_PLACE_BACKENDS, SUM_BACKENDS
+
+    monkeypatch.setattr("mambavision.ops.backend.triton_fault", lambda: None)
+    monkeypatch.setattr("mambavision.ops.float8.triton_fault", lambda: None)
+    for rows in (BACKENDS, SUM_BACKENDS, IN_PLACE_BACKENDS):
+        for capability, result, runs in (((8, 6), None, True), ((8, 6), FLOAT8, False), ((9, 0), FLOAT8, True)):
+            monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+            situation = Situation("cuda", torch.bfloat16, result=result)
+            assert (rows[0].refusal(situation) is None) == runs
 
 
 def test_where_it_cannot_run_one_sentence_says_so():

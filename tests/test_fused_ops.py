@@ -211,6 +211,9 @@ def test_tiles_that_a_gpu_has_no_room_for_are_left_out(monkeypatch):
     assert that_fit(tiles, 2, torch.device("cuda:2")) == tiles[-1:]
     assert that_fit(tiles, 2, torch.device("cpu")) == tiles
     assert footprint(conv3x3_op.LIBRARY, 2) == 0
+    narrow = small_tiles(49, 640)
+    assert that_fit(narrow, 2, torch.device("cuda:1"))[0] == narrow[0]
+    assert that_fit(narrow, 2, torch.device("cuda:0"))[0] == narrow[0]._replace(stages=4)
 
 
 def test_aligned_rows_hold_the_weight():

@@ -4,16 +4,19 @@ import ctypes
 import os
 import sys
 import threading
+from functools import partial
 from importlib.resources import files
 
 import pytest
 import torch
 
+from mambavision.ops.activation import activate
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
+from mambavision.ops.float8 import to_float8
 from mambavision.ops.linear import linear
 from op_checks import DEVICE, gapped, random, require_triton
-from test_float8 import operands
+from test_float8 import operands, rows_and_weight
 from test_optimize import difference
 
 require_triton()
@@ -22,6 +25,7 @@ from mambavision.ops import launch  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402
 from mambavision.ops.hopper import cuda_op  # noqa: E402
 from mambavision.ops.hopper.plan import ACTIVATIONS, definitions, linear_plan, plan  # noqa: E402
+from mambavision.ops.linear import gpu_op as linear_gpu_op  # noqa: E402
 from mambavision.ops.linear import triton_op as linear_op  # noqa: E402
 from mambavision.ops.tiles import HOPPER, LIBRARY  # noqa: E402
 
@@ -73,6 +77,7 @@ def test_a_plan_is_not_cut_finer_than_it_has_to():
         (208, 208, 3, 1, True, "gelu_tanh", False, torch.float8_e4m3fn),
         (3136, 784, 1, 1, True, "gelu_tanh", False, torch.float16),
         (1280, 320, 1, 1, False, "gelu_tanh", False, torch.bfloat16),
+        (3136, 784, 1, 1, True, "gelu_tanh", False, torch.float8_e4m3fn),
     ],
     ids=str,
 )
@@ -324,6 +329,26 @@ def test_eight_bits_go_where_they_are_served(monkeypatch):
     assert all(each is scale for each in served)
 
 
+def test_linear_layers_of_eight_bits_go_where_they_are_served(monkeypatch):
+    """Those with results of 8 bits and a bias; the others to the library."""
+    operands = rows_and_weight(5, 32, 48)
+    filled = partial(torch.full, (5, 48))
+    monkeypatch.setattr(linear_gpu_op, "is_large", lambda *_: True)
+    monkeypatch.setattr(cuda_op, "serves", lambda *_: answer)
+    monkeypatch.setattr(cuda_op, "linear_float8", lambda *_: filled(1.0, dtype=torch.float8_e4m3fn))
+    monkeypatch.setattr(linear_gpu_op, "_by_library", lambda *arguments: filled(2.0, dtype=arguments[-1]))
+    for answer in (True, False):
+        found = [
+            linear_gpu_op.linear_float8(*operands[:4], bias, "gelu_tanh", dtype)[0, 0].item()
+            for bias, dtype in (
+                (operands[4], torch.float8_e4m3fn),
+                (operands[4], torch.bfloat16),
+                (None, torch.float8_e4m3fn),
+            )
+        ]
+        assert found == [1 if answer else 2, 2, 2]
+
+
 def check(actual, usual, truth, gelu=False):
     """At most twice as far from float64 as PyTorch in the same type; GELU may be 6e-5 off."""
     assert actual.shape == usual.shape
@@ -463,6 +488,19 @@ def test_linear_layers_at_the_sizes_of_the_networks(rows, inner, columns, dtype,
     found = [check_linear(rows, inner, columns, dtype, "gelu_tanh") for _ in range(3)]
     assert linear_op.is_large(rows, columns)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@on_hopper
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 16, 112), (300, 784, 144), (25088, 784, 3136)])
+def test_linear_layers_of_eight_bits(rows, inner, columns, activation, poisoned):
+    x, weight, scale, _, bias = rows_and_weight(rows, inner, columns)
+    exact = activate(x.double() @ (weight.double() * scale.double()[:, None]).t() + bias.double(), activation)
+    allowed = 1.1 * difference(to_float8(exact.float(), backend="reference").double(), exact)
+    found = [cuda_op.linear_float8(x, weight, scale, bias, activation) for _ in range(3)]
+    assert found[0].dtype == torch.float8_e4m3fn
+    assert difference(found[0].double(), exact) <= allowed
+    assert all(torch.equal(found[0].view(torch.uint8), other.view(torch.uint8)) for other in found[1:])
 
 
 def check_linear(rows, inner, columns, dtype, activation):

@@ -60,12 +60,19 @@ for name in OPS:
         setattr(module, table, tuple(Backend(row.name, row.function, row.strength, lambda _: None) for row in rows))
 
 names = set()
+moments = set()
+gpu._added = lambda x, layer, stream: gpu.linear_with_moments(x, layer.weight, layer.bias, residual=stream)
 for network, batch in networks:
     for few in (True, False):
         gpu.takes_few = lambda x, few=few: few
         with torch.inference_mode(), launch.precompiling():
             network.forward_features(torch.zeros(batch, 3, *network.config.preprocessing.img_size))
             names |= {key[0].fn.__name__ for key in launch._precompiling.asked}
+            for kernel, *known in launch._precompiling.asked:
+                if kernel.fn.__name__ == "linear_kernel":
+                    settings = dict(pair for pair in known if isinstance(pair, tuple) and isinstance(pair[0], str))
+                    moments.add((settings["GIVES_MOMENTS"], settings["PARTS"] > 0))
+assert moments == {(True, False), (False, True), (False, False)}, moments
 
 # Batch sizes share their kernels.
 from mambavision.ops.conv3x3 import triton_op as conv3x3_op

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
+
+from mambavision.ops.precision import HALVES
 
 
 class CastWithExact(nn.Module):
@@ -18,6 +19,6 @@ class CastWithExact(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in kept.items():
             moved = getattr(self, name)
-            if moved.dtype in (torch.float16, torch.bfloat16):
+            if moved.dtype in HALVES:
                 setattr(self, name, tensor.to(moved.device))
         return self

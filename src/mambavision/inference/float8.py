@@ -4,9 +4,9 @@ The stream that the blocks add to stays in 16 bits. What the convolutions read o
 block, what norms give to linear layers, what lies in the middle of an MLP, and the weights are rounded to
 float8_e4m3fn, with 3 bits of mantissa: sums of many products are off by some percent of a block's share. Weights of
 convolutions have a scale per output channel, those of linear layers one for all, as the libraries' products have it.
-Maps and tokens have none: they are what norms gave out, or sums of that, far below the type's 448, and what is smaller
-than its 0.002 weighs nothing beside the rest. The layer behind a mixer, a tenth of a block's products, stays as it
-is: rounding what it reads would take as long as it gains.
+Maps and tokens have none: they are what norms gave out, sums of that, or what GELU makes of a product of it, far below
+the type's 448, at which they are cut, and what is smaller than its 0.002 weighs nothing beside the rest. The layer
+behind a mixer, a tenth of a block's products, stays as it is: rounding what it reads would take as long as it gains.
 """
 
 from __future__ import annotations

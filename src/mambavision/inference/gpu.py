@@ -27,7 +27,7 @@ from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
 from mambavision.ops.linear import linear, linear_with_moments
-from mambavision.ops.linear.float8 import WIDE
+from mambavision.ops.precision import HALVES
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
 from mambavision.ops.window_attention import MOST_TOKENS, SHORT_WINDOW, TRAINING_BACKENDS, window_attention
@@ -37,8 +37,8 @@ HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a h
 # Rows of tokens times the square of their channels, so multiply-adds, up to which one kernel a layer, norm and residual
 # included, beats the library's product with kernels for what surrounds it.
 FEW_WORK = 80 * 2**20
-FLOAT8_ROWS = 768  # rows of tokens from which rounding to 8 bits costs less than its products gain
-MANY_WINDOWS = 24  # from which cuDNN's attention is the fastest
+FLOAT8_ROWS = 768  # rows of tokens, of all windows, from which rounding to 8 bits costs less than its products gain
+MANY_WINDOWS = 24  # of more than SHORT_WINDOW tokens, from which cuDNN's attention is the fastest
 
 
 def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
@@ -126,7 +126,8 @@ class KernelTokens(nn.Module):
 
     Few tokens go block by block through kernels that take norm and residual along. Many go through products of the
     library's, which add to the residual stream in place, but without biases. These are constant: all of them are added
-    at the start, beside the first norm, and each later norm takes off those that are not due yet.
+    at the start, beside the first norm, and each later norm takes off those that are not due yet. In 8 bits it is the
+    same, but for the MLP's share, which the next norm adds.
     """
 
     early: Tensor
@@ -149,8 +150,7 @@ class KernelTokens(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (windows, length, channels), the same out
         windows, length, channels = x.shape
-        differentiated = torch.is_grad_enabled() and x.requires_grad
-        if self.float8 and windows * length >= FLOAT8_ROWS and x.dtype in WIDE and not differentiated:
+        if self.float8 and windows * length >= FLOAT8_ROWS and x.dtype in HALVES and not _differentiated(x):
             return self._in_float8(x)
         if takes_few(x):
             moments = None
@@ -175,16 +175,20 @@ class KernelTokens(nn.Module):
         return x.add_(share).view(windows, length, channels)
 
 
+def _differentiated(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def takes_few(x: Tensor) -> bool:
     """Whether tokens x, (windows, length, channels), go block by block."""
     windows, length, channels = x.shape
-    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+    if not x.is_cuda or _differentiated(x):
         return True
     return windows * length * channels**2 <= FEW_WORK
 
 
 class KernelTokenBlock(CastWithExact):
-    """`TokenBlock` through fused kernels; see `KernelTokens` for its two ways."""
+    """`TokenBlock` through fused kernels; see `KernelTokens` for its ways."""
 
     exact = ("sum1", "sum2", "early1", "early2")
     sum1: Tensor
@@ -263,7 +267,7 @@ class KernelTokenBlock(CastWithExact):
 
 def _added(x: Tensor, layer: nn.Linear, stream: Tensor) -> tuple[Tensor, Tensor | None]:
     """The layer's share added to the stream, and the sum's moments where a kernel gives them."""
-    if not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad):
+    if not x.is_cuda or _differentiated(x) or x.dtype not in HALVES:
         return linear(x, layer.weight, layer.bias, residual=stream), None
     return linear_with_moments(x, layer.weight, layer.bias, residual=stream)
 
@@ -289,7 +293,7 @@ class KernelMixer(CastWithExact):
         u = token_conv(u, self.conv)
         x = u[..., : self.channels]
         dt, B, C = F.linear(x, self.x_proj.weight).split([self.channels, self.d_state, self.d_state], dim=-1)
-        if torch.is_grad_enabled() and u.requires_grad:  # nothing may be overwritten
+        if _differentiated(u):  # nothing may be overwritten
             y = selective_scan(x, dt, self.A, B, C, self.D, self.dt_bias)
             return torch.cat([y, u[..., self.channels :]], dim=-1)
         selective_scan_(x, dt, self.A, B, C, self.D, self.dt_bias)
@@ -339,7 +343,7 @@ class KernelAttention(nn.Module):
 def _fastest_attention(q: Tensor) -> AbstractContextManager[None]:
     """PyTorch's backends in the order of their speed for queries (windows, heads, length, width), as measured."""
     windows = q.shape[0]
-    if not q.is_cuda or (torch.is_grad_enabled() and q.requires_grad):
+    if not q.is_cuda or _differentiated(q):
         return sdpa_kernel(TRAINING_BACKENDS) if q.is_cuda else nullcontext()
     if windows < MANY_WINDOWS:
         return nullcontext()

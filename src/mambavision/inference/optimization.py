@@ -24,10 +24,10 @@ from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.models.classifier import MambaVision
 from mambavision.ops.backend import Situation, refuse_inference_kernels
 from mambavision.ops.float8 import refuse_float8_kernels
+from mambavision.ops.precision import HALVES
 from mambavision.ops.tiles import measuring
 
 Mode = Literal["instant", "full"]
-HALVES = (torch.float16, torch.bfloat16)
 _logger = logging.getLogger("mambavision")
 
 
@@ -48,8 +48,8 @@ def optimize(
             for each kernel, on a CPU without packed kernels to compile.
         dtype: of the arithmetic; by default bfloat16 on a GPU that has it, float16 on an older one, bfloat16 on a CPU
             with instructions for it (`cpu.has_fast_bfloat16`), float32 elsewhere.
-            float8_e4m3fn is for large products alone, with bfloat16 around them: faster where
-            channels are many, and less exact (see `inference.float8`).
+            float8_e4m3fn is for the convolutions of the blocks, and the linear layers of many tokens, with bfloat16
+            around them: faster where channels are many, and less exact (see `inference.float8`).
 
     Raises:
         TypeError: the model is no network of this package.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.normed_conv import normed_conv
 from mambavision.layers.plain import has_hooks, is_fused
+from mambavision.ops.precision import HALVES
 
 CHANNEL_UNIT = 8
 
@@ -18,7 +19,7 @@ class FewChannelConv(nn.Conv2d):
     """`nn.Conv2d` for pictures; in half precision on a GPU with zeros for as many channels as its matrix units want."""
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, in_channels, H, W)
-        half = torch.is_autocast_enabled("cuda") or x.dtype in (torch.float16, torch.bfloat16)
+        half = torch.is_autocast_enabled("cuda") or x.dtype in HALVES
         more = -self.in_channels % CHANNEL_UNIT
         if not (x.is_cuda and half and more):
             return super().forward(x)

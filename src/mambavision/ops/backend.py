@@ -19,6 +19,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+from mambavision.ops.precision import HALVES
+
 Result = TypeVar("Result")  # of an op
 _logger = logging.getLogger("mambavision")
 
@@ -33,6 +35,7 @@ class Situation(NamedTuple):
     width: int = 0  # channels of a head, or of the map between two convolutions
     dropout: bool = False  # whether weights of an attention are dropped
     differentiated: bool = False  # whether gradients are asked for
+    result: torch.dtype | None = None  # the type that is asked for, where it is not that of the operands
 
 
 @dataclass(frozen=True)
@@ -101,14 +104,14 @@ def refuse_kernels(situation: Situation) -> str | None:
     """Why kernels for the usual floating types cannot run, or None."""
     if situation.device_type != "cuda":
         return f"Triton cannot compile for {situation.device_type} here"
-    if situation.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    if situation.dtype not in (*HALVES, torch.float32):
         return f"{situation.dtype} is too wide for its kernels"
     return triton_fault()
 
 
 def refuse_16_bit_kernels(situation: Situation) -> str | None:
     """Why kernels that multiply matrices of 16-bit numbers cannot run, or None."""
-    if situation.device_type == "cuda" and situation.dtype not in (torch.float16, torch.bfloat16):
+    if situation.device_type == "cuda" and situation.dtype not in HALVES:
         return f"its kernels multiply 16-bit numbers, not {situation.dtype}"
     return refuse_kernels(situation)
 

@@ -1,8 +1,10 @@
-"""The type that scans and steps are computed in."""
+"""The types of 16 bits, and the one that scans and steps are computed in."""
 
 from __future__ import annotations
 
 import torch
+
+HALVES = (torch.float16, torch.bfloat16)
 
 
 def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:

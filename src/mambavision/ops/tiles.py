@@ -42,14 +42,15 @@ LIBRARY, HOPPER = Tile(0, 0, 0, 0, 0), Tile(0, 0, 0, 0, 1)
 # For little work: the first that gives enough programs to keep a large GPU busy, else the last. Few programs need many
 # stages: in a network the weights come from memory, whose time an operand under way must cover.
 SMALL = (Tile(64, 64, 64, 4, 4), Tile(64, 32, 128, 4, 4), Tile(64, 16, 128, 4, 5))
+LEAST = Tile(64, 16, 128, 4, 4)  # for GPUs that have no room for the last
 _BUSY = 72  # programs
 
 
 def small_tiles(rows: int, columns: int) -> list[Tile]:
-    """`SMALL`, the likely best first."""
+    """`SMALL` and `LEAST`, the likely best first."""
     programs = [-(-rows // tile.rows) * -(-columns // tile.columns) for tile in SMALL]
     first = next((tile for tile, count in zip(SMALL, programs, strict=True) if count >= _BUSY), SMALL[-1])
-    return [first, *(tile for tile in reversed(SMALL) if tile != first)]
+    return [first, *(tile for tile in (LEAST, *reversed(SMALL)) if tile != first)]
 
 
 def common_unit(*lengths: int) -> int:

@@ -13,13 +13,14 @@ from torch.library import custom_op
 from mambavision.ops import launch
 from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, definitions, linear_plan, plan
 from mambavision.ops.map_layout import empty_map, laid_out
+from mambavision.ops.precision import HALVES
 
 # Where the copies take longer than the products: with fewer columns, or where the lines that are copied are so much
 # longer than the channels.
 LEAST_COLUMNS, MOST_COPIED = 112, 1.4
 BYTES = 16  # where a copy may start, and from pixel to pixel, are multiples of so many
 MOST_PIXELS = 2**31 - 2**20  # of a map; they are counted in 32 bits, to the end of the last tile
-WIDE, FLOAT8 = (torch.bfloat16, torch.float16), torch.float8_e4m3fn
+FLOAT8 = torch.float8_e4m3fn
 
 
 @cache
@@ -64,8 +65,8 @@ def _types_fit(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | N
     """Whether the kernel reads the operands as what they are; 8 bits come with scale and bias."""
     types = [None if tensor is None else tensor.dtype for tensor in (weight, scale, bias, residual)]
     if x.dtype == FLOAT8:
-        return types[:3] == [FLOAT8, torch.float32, torch.float32] and types[3] in (None, *WIDE)
-    return x.dtype in WIDE and types[:2] == [x.dtype, None] and all(kind in (None, x.dtype) for kind in types[2:])
+        return types[:3] == [FLOAT8, torch.float32, torch.float32] and types[3] in (None, *HALVES)
+    return x.dtype in HALVES and types[:2] == [x.dtype, None] and all(kind in (None, x.dtype) for kind in types[2:])
 
 
 @custom_op("mambavision::conv3x3_hopper", mutates_args=())

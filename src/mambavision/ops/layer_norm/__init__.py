@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mambavision.ops.backend import Backend, check_shapes, refuse_inference_kernels, select, situation_of
+from mambavision.ops.backend import Backend, Situation, check_shapes, refuse_inference_kernels, select, situation_of
+from mambavision.ops.float8 import refuse_float8_kernels
 from mambavision.ops.layer_norm.reference import (
     layer_norm_and_sum_reference,
     layer_norm_of_sum_reference,
@@ -13,6 +14,13 @@ from mambavision.ops.layer_norm.reference import (
 )
 
 _REFERENCE = "plain PyTorch, runs and exports everywhere"
+
+
+def _refuse(situation: Situation) -> str | None:
+    fault = refuse_inference_kernels(situation)
+    if fault is None and situation.result == torch.float8_e4m3fn:
+        return refuse_float8_kernels(situation)
+    return fault
 
 
 def _triton(x: Tensor, offset: Tensor | None, eps: float, dtype: torch.dtype | None) -> Tensor:
@@ -23,7 +31,7 @@ def _triton(x: Tensor, offset: Tensor | None, eps: float, dtype: torch.dtype | N
 
 
 BACKENDS = (
-    Backend("triton", _triton, "GPU kernel", refuse_inference_kernels),
+    Backend("triton", _triton, "GPU kernel", _refuse),
     Backend("reference", layer_norm_reference, _REFERENCE, lambda _: None),
 )
 
@@ -48,7 +56,9 @@ def layer_norm(
         RuntimeError: the requested backend cannot run here.
     """
     check_shapes(offset=(offset, (x.shape[-1],)))
-    return select("layer_norm", BACKENDS, situation_of(x, offset), backend).backend.function(x, offset, eps, dtype)
+    return select("layer_norm", BACKENDS, situation_of(x, offset)._replace(result=dtype), backend).backend.function(
+        x, offset, eps, dtype
+    )
 
 
 def _triton_and_sum(x: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
@@ -59,7 +69,7 @@ def _triton_and_sum(x: Tensor, shift: Tensor, eps: float, dtype: torch.dtype | N
 
 
 SUM_BACKENDS = (
-    Backend("triton", _triton_and_sum, "GPU kernel", refuse_inference_kernels),
+    Backend("triton", _triton_and_sum, "GPU kernel", _refuse),
     Backend("reference", layer_norm_and_sum_reference, _REFERENCE, lambda _: None),
 )
 
@@ -84,7 +94,7 @@ def layer_norm_and_sum(
         RuntimeError: the requested backend cannot run here.
     """
     check_shapes(shift=(shift, (x.shape[-1],)))
-    choice = select("layer_norm_and_sum", SUM_BACKENDS, situation_of(x, shift), backend)
+    choice = select("layer_norm_and_sum", SUM_BACKENDS, situation_of(x, shift)._replace(result=dtype), backend)
     return choice.backend.function(x, shift, eps, dtype)
 
 
@@ -96,7 +106,7 @@ def _triton_of_sum(x: Tensor, share: Tensor, offset: Tensor | None, eps: float, 
 
 
 IN_PLACE_BACKENDS = (
-    Backend("triton", _triton_of_sum, "GPU kernel", refuse_inference_kernels),
+    Backend("triton", _triton_of_sum, "GPU kernel", _refuse),
     Backend("reference", layer_norm_of_sum_reference, _REFERENCE, lambda _: None),
 )
 
@@ -130,7 +140,9 @@ def layer_norm_of_sum_(
     check_shapes(share=(share, tuple(x.shape)), offset=(offset, (x.shape[-1],)))
     if not x.is_contiguous():
         raise ValueError("x must have no gaps, as it is changed in place.")
-    choice = select("layer_norm_of_sum_", IN_PLACE_BACKENDS, situation_of(x, share, offset), backend)
+    choice = select(
+        "layer_norm_of_sum_", IN_PLACE_BACKENDS, situation_of(x, share, offset)._replace(result=dtype), backend
+    )
     return choice.backend.function(x, share, offset, eps, dtype)
 
 

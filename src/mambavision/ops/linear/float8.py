@@ -9,9 +9,9 @@ from torch import Tensor
 from mambavision.ops.activation import Activation, activate, check_activation
 from mambavision.ops.backend import Backend, check_shapes, select, situation_of
 from mambavision.ops.float8 import refuse_float8_kernels, to_float8
+from mambavision.ops.precision import HALVES
 
 UNIT = 16  # of which the library takes multiples, rows and columns of the weight
-WIDE = (torch.bfloat16, torch.float16)
 
 
 def _gpu(
@@ -87,13 +87,13 @@ def linear_float8(
     check_activation(activation)
     if x.dtype != torch.float8_e4m3fn or weight.dtype != torch.float8_e4m3fn:
         raise TypeError(f"x and weight must be float8_e4m3fn, got {x.dtype} and {weight.dtype}.")
-    if dtype not in (torch.float8_e4m3fn, *WIDE):
+    if dtype not in (torch.float8_e4m3fn, *HALVES):
         raise TypeError(f"dtype must be float8_e4m3fn, bfloat16 or float16, got {dtype}.")
     columns, inner = weight.shape
     check_shapes(x=(x, (x.shape[0], inner)), scale=(scale, (columns,)), one=(one, (1,)), bias=(bias, (columns,)))
     if columns % UNIT or inner % UNIT:
         raise ValueError(f"weight must have multiples of {UNIT} rows and columns, got {tuple(weight.shape)}.")
-    choice = select("linear_float8", BACKENDS, situation_of(x), backend)
+    choice = select("linear_float8", BACKENDS, situation_of(x, scale, bias), backend)
     return choice.backend.function(x, weight, scale, one, bias, activation, dtype)
 
 

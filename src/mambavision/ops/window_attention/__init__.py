@@ -9,7 +9,7 @@ from mambavision.ops.backend import Backend, Situation, refuse_16_bit_kernels, s
 from mambavision.ops.window_attention.reference import TRAINING_BACKENDS, window_attention_sdpa
 
 # Tokens and width of a head up to which the kernels were measured to be the fastest, forward and backward; and the same
-# without gradients, where in longer windows cuDNN's is as fast.
+# without gradients, where of many longer windows cuDNN's is as fast.
 MOST_TOKENS, WIDEST_HEAD = 256, 64
 SHORT_WINDOW, WIDEST_SHORT_HEAD = 64, 128
 
