@@ -7,6 +7,16 @@ from mambavision.ops.activation_kernels import activated
 from mambavision.ops.float8.kernels import rounded_to_float8
 
 
+@triton.jit
+def taps_within(row, column, height, width):
+    """Of pixels of a map, a bit for each of the 3x3 taps around them that is in it, too; row by row.
+
+    Computed once: what a loop asks of each pixel and tap would take more instructions than the products.
+    """
+    three = (column > 0).to(tl.int32) | 2 | ((column + 1 < width).to(tl.int32) << 2)
+    return tl.where(row > 0, three, 0) | (three << 3) | tl.where(row + 1 < height, three << 6, 0)
+
+
 @triton.jit(do_not_specialize=["batch"])
 def conv3x3_kernel(
     x,  # (batch, height, width, CHANNELS)
@@ -50,12 +60,12 @@ def conv3x3_kernel(
     pixel = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
     image = pixel // (out_height * out_width)
-    top = pixel // out_width % out_height * STRIDE - 1
-    left = pixel % out_width * STRIDE - 1
+    row = pixel // out_width % out_height * STRIDE
+    column = pixel % out_width * STRIDE
     row_step = x_row * UNIT
     column_step = x_column * UNIT
-    x_at = x + (image.to(tl.int64) * (x_batch * UNIT) + top * row_step + left * column_step)
-    top = tl.where(pixel < pixels, top, -4)  # past the end nothing is read
+    x_at = x + (image.to(tl.int64) * (x_batch * UNIT) + (row - 1) * row_step + (column - 1) * column_step)
+    within = tl.where(pixel < pixels, taps_within(row, column, height, width), 0)  # past the end nothing is read
 
     k = tl.arange(0, BLOCK_K)
     WIDTHS: tl.constexpr = (BLOCK_N, TAIL)
@@ -71,11 +81,9 @@ def conv3x3_kernel(
     for start in range(0, INNER, BLOCK_K):
         # From the whole index, and not tap by tap, so that the compiler sees which 16 bytes lie side by side.
         tap = (start + k) // CHANNELS
-        y = top[:, None] + (tap // 3)[None, :]
-        z = left[:, None] + (tap % 3)[None, :]
-        there = (y >= 0) & (y < height) & (z >= 0) & (z < width) & (tap < 9)[None, :]
+        there = (within[:, None] >> tl.minimum(tap, 9)[None, :]) & 1
         place = tap // 3 * row_step + tap % 3 * column_step + (start + k) % CHANNELS
-        a = tl.load(x_at[:, None] + place[None, :], mask=there, other=0.0)
+        a = tl.load(x_at[:, None] + place[None, :], mask=there != 0, other=0.0)
         new_sums, new_weights_at = (), ()
         for part in tl.static_range(len(sums)):
             if INNER % BLOCK_K == 0:

@@ -4,6 +4,28 @@ import triton
 import triton.language as tl
 
 from mambavision.ops.activation_kernels import activated
+from mambavision.ops.conv3x3.kernels import taps_within
+
+
+@triton.jit
+def _patches(
+    centre,  # (pixels,), as all here but offset and tap
+    offset,  # (PATCH,): from the centre
+    tap,  # (PATCH,)
+    row,
+    column,
+    inside,
+    height,
+    width,
+):
+    """What lies around pixels, (pixels, PATCH), with zeros beyond the picture and where a pixel is not `inside`.
+
+    Triton lays the first dimension along the lanes of a warp where it knows of no neighbours in memory: pixels share
+    cache lines.
+    """
+    within = tl.where(inside, taps_within(row, column, height, width), 0)
+    there = (within[:, None] >> tap[None, :]) & 1
+    return tl.load(centre[:, None] + offset[None, :], mask=there != 0, other=0.0)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -48,29 +70,24 @@ def stem_kernel(
     left = pixel % out_width * STRIDE2 - 1
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    part = tl.arange(0, PATCH)
-    colour = part % IN  # (row, column, colour) of the patch, as the weights lie
-    part_row = part // (3 * IN) - 1
-    part_column = part // IN % 3 - 1
+    part = tl.arange(0, PATCH)  # (row, column, colour) of the patch, as the weights lie
+    tap = part // IN
+    offset = part % IN * x_colour + (tap // 3 - 1) * x_row + (tap % 3 - 1) * x_column
     middle = tl.arange(0, MIDDLE)
     first = tl.load(weight1 + middle[None, :] * (9 * IN) + part[:, None], mask=(part < 9 * IN)[:, None], other=0.0)
     shift = tl.load(bias1 + middle).to(tl.float32)
     image_at = x + image.to(tl.int64) * x_batch
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for tap in range(9):
-        y = top + tap // 3
-        z = left + tap % 3
+    for second in range(9):  # taps
+        y = top + second // 3
+        z = left + second % 3
         inside = (y >= 0) & (y < mid_height) & (z >= 0) & (z < mid_width) & (pixel < pixels)
-        # Pixels along the lanes of a warp, since neighbours share cache lines: (PATCH, BLOCK_M).
-        row = y[None, :] * STRIDE1 + part_row[:, None]
-        col = z[None, :] * STRIDE1 + part_column[:, None]
-        there = inside[None, :] & (row >= 0) & (row < height) & (col >= 0) & (col < width) & (part < 9 * IN)[:, None]
-        at = image_at[None, :] + (colour[:, None] * x_colour + row * x_row + col * x_column)
-        patch = tl.load(at, mask=there, other=0.0).to(first.dtype)
-        hidden = tl.dot(tl.trans(patch), first) + shift[None, :]  # (BLOCK_M, MIDDLE)
+        row, col = y * STRIDE1, z * STRIDE1
+        patch = _patches(image_at + (row * x_row + col * x_column), offset, tap, row, col, inside, height, width)
+        hidden = tl.dot(patch.to(first.dtype), first) + shift[None, :]  # (BLOCK_M, MIDDLE)
         hidden = tl.where(inside[:, None], activated(hidden, "relu"), 0.0)
-        at = weight2 + (column % columns)[None, :] * (9 * MIDDLE) + tap * MIDDLE + middle[:, None]
+        at = weight2 + (column % columns)[None, :] * (9 * MIDDLE) + second * MIDDLE + middle[:, None]
         acc = tl.dot(hidden.to(first.dtype), tl.load(at), acc)
 
     acc += tl.load(bias2 + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
@@ -104,16 +121,15 @@ def first_conv_kernel(
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
     image = pixel // (out_height * out_width)
+    row = pixel // out_width % out_height * STRIDE
+    column = pixel % out_width * STRIDE
     part = tl.arange(0, PATCH)
-    colour = part % IN
-    row = (pixel // out_width % out_height * STRIDE)[None, :] + (part // (3 * IN) - 1)[:, None]
-    column = (pixel % out_width * STRIDE)[None, :] + (part // IN % 3 - 1)[:, None]
-    there = (pixel < pixels)[None, :] & (part < 9 * IN)[:, None]
-    there = there & (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    at = (x + image.to(tl.int64) * x_batch)[None, :] + (colour[:, None] * x_colour + row * x_row + column * x_column)
+    tap = part // IN
+    offset = part % IN * x_colour + (tap // 3 - 1) * x_row + (tap % 3 - 1) * x_column
+    at = x + image.to(tl.int64) * x_batch + (row * x_row + column * x_column)
     middle = tl.arange(0, MIDDLE)
     first = tl.load(weight + middle[None, :] * (9 * IN) + part[:, None], mask=(part < 9 * IN)[:, None], other=0.0)
-    patch = tl.load(at, mask=there, other=0.0).to(first.dtype)  # (PATCH, BLOCK_M)
-    hidden = tl.dot(tl.trans(patch), first) + tl.load(bias + middle).to(tl.float32)[None, :]
+    patch = _patches(at, offset, tap, row, column, pixel < pixels, height, width).to(first.dtype)
+    hidden = tl.dot(patch, first) + tl.load(bias + middle).to(tl.float32)[None, :]
     hidden = activated(hidden, "relu").to(out.dtype.element_ty)
     tl.store(out + pixel.to(tl.int64)[:, None] * MIDDLE + middle[None, :], hidden, mask=(pixel < pixels)[:, None])
