@@ -29,9 +29,8 @@ def activated(v, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         v = v * normal_integral(v)
     elif ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh u) is the logistic function of 2 u.
-        u = v * (1.5957691216057308 + 0.07135481282553245 * v * v)
-        v = v / (1.0 + tl.exp2(-1.4426950408889634 * u))
+        # 0.5 (1 + tanh u) is the logistic function of 2 u, 2^(2 u / ln 2) over 1 more than that.
+        v = v / (1.0 + tl.exp2(v * (-2.3022081981 - 0.1029432346 * (v * v))))
     elif ACTIVATION == "silu":
         v = v / (1.0 + tl.exp2(-1.4426950408889634 * v))
     return v

@@ -8,6 +8,18 @@ from mambavision.ops.float8.kernels import rounded_to_float8
 
 
 @triton.jit
+def place_of(pixel, height, width):
+    """Picture, row and column of pixels that are numbered one after the other; unsigned, which divides faster."""
+    width = tl.cast(width, tl.uint32)
+    height = tl.cast(height, tl.uint32)
+    pixel = pixel.to(tl.uint32)
+    line = pixel // width
+    picture = line // height
+    row = line - picture * height
+    return picture.to(tl.int32), row.to(tl.int32), (pixel - line * width).to(tl.int32)
+
+
+@triton.jit
 def taps_within(row, column, height, width):
     """Of pixels of a map, a bit for each of the 3x3 taps around them that is in it, too; row by row.
 
@@ -59,25 +71,24 @@ def conv3x3_kernel(
     tiles = tl.cdiv(columns, BLOCK_N + TAIL)
     pixel = tl.program_id(0) // tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
-    image = pixel // (out_height * out_width)
-    row = pixel // out_width % out_height * STRIDE
-    column = pixel % out_width * STRIDE
+    image, row, column = place_of(pixel, out_height, out_width)
+    row, column = row * STRIDE, column * STRIDE
     row_step = x_row * UNIT
     column_step = x_column * UNIT
     x_at = x + (image.to(tl.int64) * (x_batch * UNIT) + (row - 1) * row_step + (column - 1) * column_step)
     within = tl.where(pixel < pixels, taps_within(row, column, height, width), 0)  # past the end nothing is read
 
     k = tl.arange(0, BLOCK_K)
-    WIDTHS: tl.constexpr = (BLOCK_N, TAIL)
     start_column = tl.program_id(0) % tiles * (BLOCK_N + TAIL)
-    columns_of, weights_at, sums = (), (), ()  # an entry a tile
-    for part in tl.static_range(2):
-        if WIDTHS[part] > 0:
-            column = start_column + tl.arange(0, WIDTHS[part])
-            columns_of = columns_of + (column,)
-            weights_at = weights_at + (weight + (column % columns)[None, :] * WEIGHT_ROW + k[:, None],)
-            sums = sums + (tl.zeros([BLOCK_M, WIDTHS[part]], tl.float32),)
-            start_column += WIDTHS[part]
+    column = start_column + tl.arange(0, BLOCK_N)
+    columns_of = (column,)  # an entry a tile, as in all that follows
+    weights_at = (weight + (column % columns)[None, :] * WEIGHT_ROW + k[:, None],)
+    sums = (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
+    if TAIL > 0:
+        rest = start_column + BLOCK_N + tl.arange(0, TAIL)
+        columns_of = columns_of + (rest,)
+        weights_at = weights_at + (weight + (rest % columns)[None, :] * WEIGHT_ROW + k[:, None],)
+        sums = sums + (tl.zeros([BLOCK_M, TAIL], tl.float32),)
     for start in range(0, INNER, BLOCK_K):
         # From the whole index, and not tap by tap, so that the compiler sees which 16 bytes lie side by side.
         tap = (start + k) // CHANNELS

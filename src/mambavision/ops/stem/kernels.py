@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mambavision.ops.activation_kernels import activated
-from mambavision.ops.conv3x3.kernels import taps_within
+from mambavision.ops.conv3x3.kernels import place_of, taps_within
 
 
 @triton.jit
@@ -65,9 +65,8 @@ def stem_kernel(
     """
     pixel = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
-    image = pixel // (out_height * out_width)
-    top = pixel // out_width % out_height * STRIDE2 - 1
-    left = pixel % out_width * STRIDE2 - 1
+    image, top, left = place_of(pixel, out_height, out_width)
+    top, left = top * STRIDE2 - 1, left * STRIDE2 - 1
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
 
     part = tl.arange(0, PATCH)  # (row, column, colour) of the patch, as the weights lie
@@ -120,9 +119,8 @@ def first_conv_kernel(
     """The first convolution with ReLU alone, for BLOCK_M pixels. Grid: (tiles of pixels,)."""
     pixel = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pixels = batch * out_height * out_width
-    image = pixel // (out_height * out_width)
-    row = pixel // out_width % out_height * STRIDE
-    column = pixel % out_width * STRIDE
+    image, row, column = place_of(pixel, out_height, out_width)
+    row, column = row * STRIDE, column * STRIDE
     part = tl.arange(0, PATCH)
     tap = part // IN
     offset = part % IN * x_colour + (tap // 3 - 1) * x_row + (tap % 3 - 1) * x_column
