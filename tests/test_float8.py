@@ -11,7 +11,6 @@ import torch
 
 from mambavision import create_model
 from mambavision.inference import gpu, optimize
-from mambavision.inference.float8 import FLOAT8
 from mambavision.inference.fuse import fuse
 from mambavision.inference.optimization import finished
 from mambavision.ops.activation import activate
@@ -20,6 +19,7 @@ from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_refere
 from mambavision.ops.float8 import scaled_to_float8, to_float8
 from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
 from mambavision.ops.linear.float8 import linear_float8
+from mambavision.ops.precision import FLOAT8
 from mambavision.ops.tiles import that_fit
 from op_checks import gapped, require_triton
 from test_optimize import difference, photographs

@@ -25,8 +25,7 @@ from mambavision.ops.conv3x3 import aligned_rows, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8
 from mambavision.ops.float8 import scaled_to_float8, to_float8
 from mambavision.ops.linear.float8 import UNIT, linear_float8
-
-FLOAT8 = torch.float8_e4m3fn
+from mambavision.ops.precision import FLOAT8
 
 
 class Float8Conv(CastWithExact):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mambavision.inference.exact import CastWithExact
-from mambavision.inference.float8 import FLOAT8, Float8ConvBlocks, Float8Products
+from mambavision.inference.float8 import Float8ConvBlocks, Float8Products
 from mambavision.inference.fuse import FusedMixer
 from mambavision.layers.attention import Attention
 from mambavision.layers.conv_block import ConvBlock
@@ -27,7 +27,7 @@ from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
 from mambavision.ops.linear import linear, linear_with_moments
-from mambavision.ops.precision import HALVES
+from mambavision.ops.precision import FLOAT8, HALVES
 from mambavision.ops.stem import stem
 from mambavision.ops.token_conv import token_conv
 from mambavision.ops.window_attention import MOST_TOKENS, SHORT_WINDOW, TRAINING_BACKENDS, window_attention

@@ -1,9 +1,10 @@
-"""The types of 16 bits, and the one that scans and steps are computed in."""
+"""The types of 8 and 16 bits, and the one that scans and steps are computed in."""
 
 from __future__ import annotations
 
 import torch
 
+FLOAT8 = torch.float8_e4m3fn
 HALVES = (torch.float16, torch.bfloat16)
 
 

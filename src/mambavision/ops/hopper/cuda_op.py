@@ -13,14 +13,13 @@ from torch.library import custom_op
 from mambavision.ops import launch
 from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, definitions, linear_plan, plan
 from mambavision.ops.map_layout import empty_map, laid_out
-from mambavision.ops.precision import HALVES
+from mambavision.ops.precision import FLOAT8, HALVES
 
 # Where the copies take longer than the products: with fewer columns, or where the lines that are copied are so much
 # longer than the channels.
 LEAST_COLUMNS, MOST_COPIED = 112, 1.4
 BYTES = 16  # where a copy may start, and from pixel to pixel, are multiples of so many
 MOST_PIXELS = 2**31 - 2**20  # of a map; they are counted in 32 bits, to the end of the last tile
-FLOAT8 = torch.float8_e4m3fn
 
 
 @cache

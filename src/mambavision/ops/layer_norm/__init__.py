@@ -12,13 +12,14 @@ from mambavision.ops.layer_norm.reference import (
     layer_norm_of_sum_reference,
     layer_norm_reference,
 )
+from mambavision.ops.precision import FLOAT8
 
 _REFERENCE = "plain PyTorch, runs and exports everywhere"
 
 
 def _refuse(situation: Situation) -> str | None:
     fault = refuse_inference_kernels(situation)
-    if fault is None and situation.result == torch.float8_e4m3fn:
+    if fault is None and situation.result == FLOAT8:
         return refuse_float8_kernels(situation)
     return fault
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mambavision.ops.activation import Activation, activate, check_activation
 from mambavision.ops.backend import Backend, check_shapes, select, situation_of
 from mambavision.ops.float8 import refuse_float8_kernels, to_float8
-from mambavision.ops.precision import HALVES
+from mambavision.ops.precision import FLOAT8, HALVES
 
 UNIT = 16  # of which the library takes multiples, rows and columns of the weight
 
@@ -41,7 +41,7 @@ def linear_float8_reference(
     """The same in float32, or in float64 where the scale is; arguments and result as in `linear_float8`."""
     y = F.linear(x.to(scale.dtype), weight.to(scale.dtype)) * (scale * one)
     y = activate(y if bias is None else y + bias, activation)
-    return to_float8(y, backend="reference") if dtype == torch.float8_e4m3fn else y.to(dtype)
+    return to_float8(y, backend="reference") if dtype == FLOAT8 else y.to(dtype)
 
 
 BACKENDS = (
@@ -85,9 +85,9 @@ def linear_float8(
         RuntimeError: the requested backend cannot run here.
     """
     check_activation(activation)
-    if x.dtype != torch.float8_e4m3fn or weight.dtype != torch.float8_e4m3fn:
+    if x.dtype != FLOAT8 or weight.dtype != FLOAT8:
         raise TypeError(f"x and weight must be float8_e4m3fn, got {x.dtype} and {weight.dtype}.")
-    if dtype not in (torch.float8_e4m3fn, *HALVES):
+    if dtype not in (FLOAT8, *HALVES):
         raise TypeError(f"dtype must be float8_e4m3fn, bfloat16 or float16, got {dtype}.")
     columns, inner = weight.shape
     check_shapes(x=(x, (x.shape[0], inner)), scale=(scale, (columns,)), one=(one, (1,)), bias=(bias, (columns,)))

@@ -9,9 +9,8 @@ from torch.library import custom_op
 from mambavision.ops.activation import activate
 from mambavision.ops.float8 import to_float8
 from mambavision.ops.hopper import cuda_op as hopper
+from mambavision.ops.precision import FLOAT8
 from mambavision.ops.tiles import HOPPER, LIBRARY, Tile, choose, is_large
-
-FLOAT8 = torch.float8_e4m3fn
 
 
 @custom_op("mambavision::linear_float8", mutates_args=())
