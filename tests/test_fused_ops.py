@@ -169,10 +169,10 @@ def test_conv3x3_tiles(tile, poisoned):
     weight, residual = random(80, 32, 3, 3, dtype=dtype, scale=0.1), random(2, 80, 6, 5, dtype=dtype)
     truth = conv3x3(*wide(x, weight), residual=residual.double(), activation="gelu_tanh")
     usual = conv3x3(x, weight, residual=residual, activation="gelu_tanh", backend="reference")
-    for laid_out in (weight, weight_of_rows(aligned_rows(weight, weight.element_size()), 32)):
+    for laid_out in (weight, weight_of_rows(aligned_rows(weight, bytes_each=weight.element_size()), 32)):
         check(conv3x3_op.launch(x, laid_out, None, residual, 1, "gelu_tanh", tile), usual, truth, gelu=True)
-    gaps = torch.full((80, 320), float("nan"), dtype=dtype, device=DEVICE)  # what lies between the rows is not read
-    gaps[:, : 9 * 32] = aligned_rows(weight, 2)[:, : 9 * 32]
+    gaps = torch.full((80, 9 * 64), float("nan"), dtype=dtype, device=DEVICE)  # what lies between the taps is not read
+    weight_of_rows(gaps, 32).copy_(weight)
     check(conv3x3_op.launch(x, weight_of_rows(gaps, 32), None, residual, 1, "gelu_tanh", tile), usual, truth, gelu=True)
 
 
@@ -218,9 +218,9 @@ def test_tiles_that_a_gpu_has_no_room_for_are_left_out(monkeypatch):
 
 def test_aligned_rows_hold_the_weight():
     weight = random(6, 5, 3, 3, dtype=torch.float32)
-    rows = aligned_rows(weight, 2)
-    assert rows.shape == (6, 64)
-    assert rows[:, 45:].count_nonzero() == 0
+    rows = aligned_rows(weight, bytes_each=2)
+    assert rows.shape == (6, 9 * 64)
+    assert rows.count_nonzero() == weight.count_nonzero()
     assert torch.equal(weight_of_rows(rows, 5), weight)
 
 

@@ -15,6 +15,7 @@ from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
 from mambavision.ops.float8 import to_float8
 from mambavision.ops.linear import linear
+from mambavision.ops.map_layout import padded_to_lines
 from op_checks import DEVICE, gapped, random, require_triton
 from test_float8 import operands, rows_and_weight
 from test_optimize import difference
@@ -24,7 +25,7 @@ require_triton()
 from mambavision.ops import launch  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402
 from mambavision.ops.hopper import cuda_op  # noqa: E402
-from mambavision.ops.hopper.plan import ACTIVATIONS, definitions, linear_plan, plan  # noqa: E402
+from mambavision.ops.hopper.plan import ACTIVATIONS, definitions, last_line, linear_plan, plan  # noqa: E402
 from mambavision.ops.linear import gpu_op as linear_gpu_op  # noqa: E402
 from mambavision.ops.linear import triton_op as linear_op  # noqa: E402
 from mambavision.ops.tiles import HOPPER, LIBRARY  # noqa: E402
@@ -41,7 +42,9 @@ def on_hopper(test):
     return pytest.mark.gpu(pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of the Hopper generation")(test))
 
 
-@pytest.mark.parametrize("columns", [112, 128, 160, 192, 200, 208, 216, 256, 392, 400, 512, 784, 1568, 3136, 6272])
+@pytest.mark.parametrize(
+    "columns", [80, 96, 104, 112, 128, 160, 192, 200, 208, 216, 256, 392, 400, 512, 784, 1568, 3136, 6272]
+)
 def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
     even = plan(columns), linear_plan(300, columns, 320, 78)
     for cut in (*even, linear_plan(25088, columns, 784, 132)):
@@ -62,9 +65,21 @@ def test_a_linear_layers_plan_leaves_few_processors_without_work():
 
 
 def test_a_plan_is_not_cut_finer_than_it_has_to():
-    assert [plan(columns).n for columns in (112, 160, 208, 216, 256, 400, 784)] == [112, 160, 208, 112, 256, 200, 200]
+    assert [plan(columns).n for columns in (80, 104, 112, 160, 208, 216, 256, 400, 784)] == [
+        80, 104, 112, 160, 208, 112, 256, 200, 200,
+    ]  # fmt: skip
     assert plan(256).teams == 1
     assert plan(208).teams == 2
+    assert [plan(columns).rows for columns in (80, 104, 112)] == [256, 256, 128]  # of few columns a tile has more rows
+
+
+@pytest.mark.parametrize(
+    ("channels", "bytes_each", "line"),
+    [(8, 2, 32), (16, 2, 32), (24, 2, 64), (40, 2, 128), (64, 2, 128), (80, 2, 32), (160, 2, 64), (784, 2, 32),
+     (224, 1, 128), (416, 1, 32), (128, 1, 128)],
+)  # fmt: skip
+def test_the_last_line_of_a_tap_is_as_short_as_can_be(channels, bytes_each, line):
+    assert last_line(channels * bytes_each) == line
 
 
 @pytest.mark.parametrize(
@@ -73,6 +88,8 @@ def test_a_plan_is_not_cut_finer_than_it_has_to():
         (208, 208, 3, 1, True, "gelu_tanh", False, torch.bfloat16),
         (256, 128, 3, 1, True, "none", True, torch.float16),
         (200, 48, 3, 2, False, "relu", False, torch.bfloat16),
+        (80, 80, 3, 1, True, "none", True, torch.bfloat16),
+        (104, 160, 3, 1, True, "gelu_tanh", False, torch.float16),
         (400, 400, 3, 1, True, "none", True, torch.float8_e4m3fn),
         (208, 208, 3, 1, True, "gelu_tanh", False, torch.float8_e4m3fn),
         (3136, 784, 1, 1, True, "gelu_tanh", False, torch.float16),
@@ -150,7 +167,7 @@ def test_what_is_handed_to_the_driver_is_aligned_and_arrives(monkeypatch):
                 memory = ctypes.addressof(map_of._obj)
                 assert memory % 64 == 0  # as CUDA asks
                 ctypes.memset(memory, rank.value, 128)
-                asked.append((name, address.value, list(sizes), list(steps), *map(list, more[:2])))
+                asked.append((name, address.value, list(sizes), list(steps), *map(list, more[:2]), more[-3].value))
                 return 0
 
             return encode
@@ -158,14 +175,15 @@ def test_what_is_handed_to_the_driver_is_aligned_and_arrives(monkeypatch):
     asked = []
     monkeypatch.setattr(build, "_library", Driver)
     maps = [
-        build.pixels_map.__wrapped__(4096, (24, 7, 1, 3), (32, 5, 700), 3, 2, 128, torch.bfloat16) for _ in range(9)
+        build.pixels_map.__wrapped__(4096, (24, 7, 1, 3), (32, 5, 700), 3, 2, 128, 64, torch.bfloat16) for _ in range(9)
     ]
-    maps.append(build.weight_map.__wrapped__(512, 112, 9, 24, 224, 112, torch.float8_e4m3fn))
-    build.pixels_map.__wrapped__(4096, (24, 300, 1, 1), (32, 32, 32), 1, 1, 128, torch.bfloat16)
+    maps.append(build.weight_map.__wrapped__(512, (24, 9, 112), (32, 304), 112, 32, torch.float8_e4m3fn))
+    build.pixels_map.__wrapped__(4096, (24, 300, 1, 1), (32, 32, 32), 1, 1, 128, 128, torch.bfloat16)
     assert asked[0][:4] == ("cuTensorMapEncodeIm2col", 4096, [24, 7, 1, 3], [64, 48, 1400])
     assert asked[0][4:6] == ([-1, -1], [-1, -1])  # where the first tap is, and what the last leaves
     assert asked[-1][4:6] == ([0, 0], [0, 0])
-    assert asked[-2][:4] == ("cuTensorMapEncodeTiled", 512, [24, 9, 112], [24, 224])
+    assert asked[-2][:4] == ("cuTensorMapEncodeTiled", 512, [24, 9, 112], [32, 304])
+    assert [each[-1] for each in asked[-3:]] == [2, 1, 3]  # the swizzles of 64, 32 and 128 bytes
 
     def launch_kernel(*arguments):
         *_, at, extra = arguments
@@ -181,7 +199,7 @@ def test_what_is_handed_to_the_driver_is_aligned_and_arrives(monkeypatch):
     build.start(None, 1, 384, 1, 0, [maps[0], maps[-1], ctypes.c_void_p(2**40), ctypes.c_int(77)])
     monkeypatch.setattr(build, "_library", lambda: type("Refusing", (), {"cuTensorMapEncodeTiled": lambda *_: 1}))
     with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
-        build.weight_map.__wrapped__(512, 112, 9, 24, 224, 112, torch.float16)
+        build.weight_map.__wrapped__(512, (24, 9, 112), (32, 304), 112, 128, torch.float16)
 
 
 class TestFault:
@@ -270,7 +288,7 @@ def test_what_the_copy_unit_cannot_read_is_copied(shape):
         assert found.data_ptr() % 16 == 0
         assert all(found.stride(dim) % 8 == 0 for dim in (0, 2, 3) if shape[dim] > 1)
         assert found is not other or max(shape[0], *shape[2:]) == 1
-    rows = torch.zeros(112 * 160 + 1, dtype=x.dtype)[1:].view(112, 160)  # a weight with gaps, shifted
+    rows = torch.zeros(112 * 9 * 64 + 1, dtype=x.dtype)[1:].view(112, 9 * 64)  # a weight with gaps, shifted
     found = cuda_op._readable(weight_of_rows(rows, 16))
     assert found.stride() == (144, 1, 48, 16)
 
@@ -378,6 +396,8 @@ def channels_last(tensor):
         (3, 208, 208, 15, 13, 1, True, True),  # a last chunk of 16 channels
         (2, 400, 392, 6, 31, 1, True, False),  # two tiles of columns, the last not full, an odd number of blocks
         (1, 24, 256, 40, 33, 1, True, True),  # one team
+        (2, 80, 80, 19, 21, 1, True, True),  # four products a thread, a last chunk of 16 channels
+        (3, 96, 104, 13, 18, 2, True, False),  # one of 32
         (4, 64, 208, 31, 29, 2, True, False),
         (300, 16, 120, 1, 1, 1, True, True),  # many pictures in a tile
         (1, 64, 136, 1, 50, 2, False, True),
@@ -392,7 +412,7 @@ def test_convolutions(dtype, activation, batch, channels, columns, height, width
     residual = random(*shape, dtype=dtype) if residual else None
     truth = conv3x3(*wide(x, weight, bias), residual=wide(residual)[0], stride=stride, activation=activation)
     usual = conv3x3(x, weight, bias, residual=residual, stride=stride, activation=activation, backend="reference")
-    for laid_out in (weight, weight_of_rows(aligned_rows(weight, 2), channels)):
+    for laid_out in (weight, weight_of_rows(aligned_rows(weight, bytes_each=2), channels)):
         found = cuda_op.conv3x3(x, laid_out, bias, residual, stride, activation)
         assert found.is_contiguous(memory_format=torch.channels_last)
         check(found, usual, truth, gelu=activation.startswith("gelu"))
@@ -403,7 +423,7 @@ def test_convolutions(dtype, activation, batch, channels, columns, height, width
 @pytest.mark.parametrize(
     ("channels", "columns", "side", "stride", "residual"),
     [(208, 208, 56, 1, True), (400, 400, 28, 1, True), (64, 208, 112, 2, False), (400, 784, 28, 2, False),
-     (160, 160, 28, 1, True), (256, 256, 28, 1, True)],
+     (160, 160, 28, 1, True), (256, 256, 28, 1, True), (80, 80, 56, 1, True), (96, 96, 56, 1, True)],
 )  # fmt: skip
 def test_convolutions_at_the_sizes_of_the_networks(dtype, channels, columns, side, stride, residual, poisoned):
     """Repeated, since a race would show now and then only; more tiles than the GPU has processors."""
@@ -511,6 +531,8 @@ def check_linear(rows, inner, columns, dtype, activation):
     usual = linear(x, weight, bias, activation=activation, backend="reference")
     found = cuda_op.linear(x, weight, bias, activation)
     check(found, usual, truth, gelu=activation.startswith("gelu"))
+    aligned = padded_to_lines(weight, bytes_each=2)[:, :inner]
+    assert torch.equal(cuda_op.linear(x, aligned, bias, activation), found)
     if linear_op.is_large(rows, columns) and activation == "gelu_tanh":
         assert torch.equal(linear_op.linear(x, weight, bias, None, None, 0.0, "gelu_tanh"), found)  # by rule
     return found

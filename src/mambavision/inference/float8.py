@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambavision.inference.aligned import AlignedLinear
 from mambavision.inference.exact import CastWithExact
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.ops.activation import Activation
@@ -86,7 +87,7 @@ class Float8Linear(CastWithExact):
     scale: Tensor
     one: Tensor
 
-    def __init__(self, layer: nn.Linear, *, bias: bool, to_float8: bool) -> None:
+    def __init__(self, layer: nn.Linear | AlignedLinear, *, bias: bool, to_float8: bool) -> None:
         super().__init__()
         self.to_float8 = to_float8
         self.exact = ("scale", "one", "bias") if to_float8 else ("scale", "one")
@@ -106,13 +107,13 @@ class Float8Linear(CastWithExact):
 class Float8Products(nn.Module):
     """What a token block multiplies behind its norms, in 8 bits; the bias of its last layer is added elsewhere."""
 
-    def __init__(self, first: nn.Linear, fc1: nn.Linear, fc2: nn.Linear) -> None:
+    def __init__(self, first: nn.Linear, fc1: AlignedLinear, fc2: nn.Linear) -> None:
         super().__init__()
         self.first = Float8Linear(first, bias=first.bias is not None, to_float8=False)
         self.fc1 = Float8Linear(fc1, bias=True, to_float8=True)
         self.fc2 = Float8Linear(fc2, bias=False, to_float8=False)
 
     @staticmethod
-    def fit(*layers: nn.Linear) -> bool:
+    def fit(*layers: nn.Linear | AlignedLinear) -> bool:
         """Whether the layers are of sizes that 8-bit products take."""
         return all(size % UNIT == 0 for layer in layers for size in layer.weight.shape)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mambavision.inference.aligned import AlignedConv, AlignedLinear, padded
 from mambavision.inference.exact import CastWithExact
 from mambavision.inference.float8 import Float8ConvBlocks, Float8Products
 from mambavision.inference.fuse import FusedMixer
@@ -24,7 +25,7 @@ from mambavision.layers.stem import Downsample, Stem
 from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.ops import selective_scan, selective_scan_
-from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
+from mambavision.ops.conv3x3 import conv3x3
 from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
 from mambavision.ops.linear import linear, linear_with_moments
 from mambavision.ops.precision import FLOAT8, HALVES
@@ -74,7 +75,7 @@ class KernelStem(nn.Module):
     def __init__(self, folded: Stem, width: int) -> None:
         super().__init__()
         first, _, _, second, *_ = cast("Any", folded.conv_down)
-        self.conv_down = nn.ModuleList([first, _padded(second, second.in_channels, width)])
+        self.conv_down = nn.ModuleList([first, padded(second, second.in_channels, width)])
 
     def forward(self, x: Tensor) -> Tensor:
         first, second = cast("Any", self.conv_down)
@@ -82,28 +83,12 @@ class KernelStem(nn.Module):
         return stem(x, first.weight, first.bias, second.weight, second.bias, strides=strides)
 
 
-class KernelConv(nn.Module):
-    """The parameters of a folded 3x3 convolution with `width` channels in and out, the weight in aligned rows."""
-
-    def __init__(self, conv: nn.Conv2d, width: int) -> None:
-        super().__init__()
-        self.channels = width
-        wider = _padded(conv, width, width)
-        self.rows = nn.Parameter(aligned_rows(wider.weight.detach(), bytes_each=2), requires_grad=False)
-        self.bias = cast("Tensor", wider.bias)
-
-    @property
-    def weight(self) -> Tensor:
-        """(width, width, 3, 3)."""
-        return weight_of_rows(self.rows, self.channels)
-
-
 class KernelConvBlock(nn.Module):
     """`ConvBlock` in two kernels, on maps of `width` channels."""
 
     def __init__(self, folded: ConvBlock, width: int) -> None:
         super().__init__()
-        self.conv1, self.conv2 = KernelConv(folded.conv1, width), KernelConv(folded.conv2, width)
+        self.conv1, self.conv2 = (AlignedConv(conv, width, width) for conv in (folded.conv1, folded.conv2))
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, width, H, W), the same out
         branch = conv3x3(x, self.conv1.weight, self.conv1.bias, activation="gelu_tanh")
@@ -115,7 +100,7 @@ class KernelDownsample(nn.Module):
 
     def __init__(self, layer: Downsample, width: int, following: int) -> None:
         super().__init__()
-        self.reduction = _padded(cast("Any", layer.reduction)[0], width, following)
+        self.reduction = AlignedConv(cast("Any", layer.reduction)[0], width, following)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, width, H, W) -> (batch, following, ceil(H / 2), ceil(W / 2))
         return conv3x3(x, self.reduction.weight, stride=2)
@@ -201,7 +186,7 @@ class KernelTokenBlock(CastWithExact):
         mixer = block.mixer
         self.mixer = KernelMixer(mixer) if isinstance(mixer, FusedMixer) else KernelAttention(cast("Attention", mixer))
         self.eps = block.norm1.eps
-        self.fc1, self.fc2 = block.mlp.fc1, block.mlp.fc2
+        self.fc1, self.fc2 = AlignedLinear(block.mlp.fc1), block.mlp.fc2
         for name in self.exact:
             self.register_buffer(name, None)
         self.products: Float8Products | None = None
@@ -349,15 +334,3 @@ def _fastest_attention(q: Tensor) -> AbstractContextManager[None]:
         return nullcontext()
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return sdpa_kernel(order, set_priority=True)
-
-
-def _padded(conv: nn.Conv2d, inputs: int, outputs: int) -> nn.Conv2d:
-    """`conv` with zero weights for more channels, channels-last."""
-    wider = nn.Conv2d(inputs, outputs, 3, conv.stride, 1, bias=conv.bias is not None, device="meta")  # type: ignore[arg-type]  # torch's stride is a tuple of any length
-    more = (0, 0, 0, 0, 0, inputs - conv.in_channels, 0, outputs - conv.out_channels)
-    weight = F.pad(conv.weight.detach(), more).contiguous(memory_format=torch.channels_last)
-    wider.weight = nn.Parameter(weight, requires_grad=False)
-    if conv.bias is not None:
-        bias = F.pad(conv.bias.detach(), (0, outputs - conv.out_channels))
-        wider.bias = nn.Parameter(bias, requires_grad=False)
-    return wider

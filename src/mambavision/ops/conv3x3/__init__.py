@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops.activation import Activation, check_activation
 from mambavision.ops.backend import Backend, check_shapes, refuse_inference_kernels, select, situation_of
 from mambavision.ops.conv3x3.reference import conv3x3_reference
+from mambavision.ops.map_layout import padded_to_lines
 
 
 def _triton(
@@ -25,21 +25,17 @@ BACKENDS = (
 )
 
 
-LINE = 128  # bytes of a line of a GPU's cache
+def aligned_rows(weight: Tensor, *, bytes_each: int) -> Tensor:
+    """A weight (columns, channels, 3, 3) as rows (columns, taps x (channels and zeros)), each tap in lines of its own.
 
-
-def aligned_rows(weight: Tensor, bytes_each: int) -> Tensor:
-    """A weight (columns, channels, 3, 3) as rows (columns, taps x channels and zeros).
-
-    Each row starts with a line of the cache in a type of so many bytes: from there a GPU loads no line twice.
+    See `mambavision.ops.map_layout.padded_to_lines`.
     """
-    rows = weight.permute(0, 2, 3, 1).flatten(1)
-    return F.pad(rows, (0, -rows.shape[1] % (LINE // bytes_each)))
+    return padded_to_lines(weight.permute(0, 2, 3, 1), bytes_each=bytes_each).flatten(1)
 
 
 def weight_of_rows(rows: Tensor, channels: int) -> Tensor:
     """The weight (columns, channels, 3, 3) that `aligned_rows` made rows of, as a view."""
-    return rows[:, : 9 * channels].view(-1, 3, 3, channels).permute(0, 3, 1, 2)
+    return rows.view(len(rows), 3, 3, -1)[..., :channels].permute(0, 3, 1, 2)
 
 
 def conv3x3(

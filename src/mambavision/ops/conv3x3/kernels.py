@@ -32,7 +32,7 @@ def taps_within(row, column, height, width):
 @triton.jit(do_not_specialize=["batch"])
 def conv3x3_kernel(
     x,  # (batch, height, width, CHANNELS)
-    weight,  # (columns, 3, 3, CHANNELS), a row of it WEIGHT_ROW elements behind the last
+    weight,  # (columns, 3, 3, CHANNELS), a row of it WEIGHT_ROW elements behind the last, a tap WEIGHT_TAP
     scale,  # (columns,): what the product with 8-bit weights is multiplied by
     bias,  # (columns,)
     residual,  # (batch, out_height, out_width, columns)
@@ -50,6 +50,7 @@ def conv3x3_kernel(
     UNIT: tl.constexpr,
     CHANNELS: tl.constexpr,
     WEIGHT_ROW: tl.constexpr,
+    WEIGHT_TAP: tl.constexpr,
     STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -82,28 +83,28 @@ def conv3x3_kernel(
     start_column = tl.program_id(0) % tiles * (BLOCK_N + TAIL)
     column = start_column + tl.arange(0, BLOCK_N)
     columns_of = (column,)  # an entry a tile, as in all that follows
-    weights_at = (weight + (column % columns)[None, :] * WEIGHT_ROW + k[:, None],)
+    weights_at = (weight + (column % columns)[None, :] * WEIGHT_ROW,)
     sums = (tl.zeros([BLOCK_M, BLOCK_N], tl.float32),)
     if TAIL > 0:
         rest = start_column + BLOCK_N + tl.arange(0, TAIL)
         columns_of = columns_of + (rest,)
-        weights_at = weights_at + (weight + (rest % columns)[None, :] * WEIGHT_ROW + k[:, None],)
+        weights_at = weights_at + (weight + (rest % columns)[None, :] * WEIGHT_ROW,)
         sums = sums + (tl.zeros([BLOCK_M, TAIL], tl.float32),)
     for start in range(0, INNER, BLOCK_K):
         # From the whole index, and not tap by tap, so that the compiler sees which 16 bytes lie side by side.
-        tap = (start + k) // CHANNELS
+        tap, channel = (start + k) // CHANNELS, (start + k) % CHANNELS
         there = (within[:, None] >> tl.minimum(tap, 9)[None, :]) & 1
-        place = tap // 3 * row_step + tap % 3 * column_step + (start + k) % CHANNELS
+        place = tap // 3 * row_step + tap % 3 * column_step + channel
         a = tl.load(x_at[:, None] + place[None, :], mask=there != 0, other=0.0)
-        new_sums, new_weights_at = (), ()
+        of_row = start + k if WEIGHT_TAP == CHANNELS else tap * WEIGHT_TAP + channel
+        new_sums = ()
         for part in tl.static_range(len(sums)):
             if INNER % BLOCK_K == 0:
-                b = tl.load(weights_at[part])
+                b = tl.load(weights_at[part] + of_row[:, None])
             else:
-                b = tl.load(weights_at[part], mask=(start + k < INNER)[:, None], other=0.0)
+                b = tl.load(weights_at[part] + of_row[:, None], mask=(start + k < INNER)[:, None], other=0.0)
             new_sums = new_sums + (tl.dot(a, b, sums[part]),)
-            new_weights_at = new_weights_at + (weights_at[part] + BLOCK_K,)
-        sums, weights_at = new_sums, new_weights_at
+        sums = new_sums
 
     offset = pixel.to(tl.int64) * columns
     inside = pixel < pixels

@@ -179,7 +179,7 @@ def _launch_kernel(
     launcher(conv3x3_kernel)[(tiles,)](
         x, weight, dense(scale), dense(bias), residual, out, copy,
         batch, height, width, out_height, out_width, *(step // unit for step in strides),
-        UNIT=unit, CHANNELS=channels, WEIGHT_ROW=weight.stride(0), STRIDE=stride,
+        UNIT=unit, CHANNELS=channels, WEIGHT_ROW=weight.stride(0), WEIGHT_TAP=weight.stride(3), STRIDE=stride,
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, TAIL=tile.tail, BLOCK_K=tile.inner,
         HAS_SCALE=scale is not None, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None,
         HAS_COPY=copy is not None, ACTIVATION=activation, num_warps=tile.warps, num_stages=tile.stages,

@@ -15,7 +15,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 from triton.runtime.cache import get_cache_manager
 
-from mambavision.ops.hopper.plan import LINE, Definitions
+from mambavision.ops.hopper.plan import LAST_LINES, Definitions
 
 # `sm_90a` is Hopper with the instructions that later generations do not have.
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
@@ -122,9 +122,10 @@ def try_out(device: int) -> None:
     code = compiled('extern "C" __global__ void nothing() {}')
     with on(device):
         checked(driver.cuModuleUnload(checked(driver.cuModuleLoadData(code))))
-        address = checked(driver.cuMemAlloc(LINE))  # PyTorch's may be no memory, while it traces
-        pixels_map(int(address), (8, 1, 1, 1), (8, 8, 8), 3, 1, 128, torch.float16)
-        weight_map(int(address), 8, 9, 8, 72, 8, torch.float16)
+        address = checked(driver.cuMemAlloc(128))  # PyTorch's may be no memory, while it traces
+        for line in LAST_LINES:
+            pixels_map(int(address), (8, 1, 1, 1), (8, 8, 8), 3, 1, 128, line, torch.float16)
+            weight_map(int(address), (8, 9, 8), (8, 72), 8, line, torch.float16)
         checked(driver.cuMemFree(address))
 
 
@@ -136,6 +137,7 @@ def pixels_map(
     size: int,
     stride: int,
     rows: int,
+    line: int,
     dtype: torch.dtype,
 ) -> Any:
     """How the copy unit gathers pixels.
@@ -147,6 +149,7 @@ def pixels_map(
         size: rows and columns of taps; as many zeros as centre them are around the map.
         stride: of the convolution.
         rows: pixels a copy.
+        line: bytes of channels a copy.
         dtype: of the elements.
     """
     # The stride of a dimension of size 1 may be anything, but for the copy unit.
@@ -156,25 +159,43 @@ def pixels_map(
         address,
         sizes,
         steps,
+        line,
         dtype,
         (ctypes.c_int * 2)(*[-(size // 2)] * 2),  # where the top left tap is for the first pixel, and for the last
         (ctypes.c_int * 2)(*[size // 2 - size + 1] * 2),
-        ctypes.c_uint32(LINE // dtype.itemsize),
+        ctypes.c_uint32(line // dtype.itemsize),
         ctypes.c_uint32(rows),
         (ctypes.c_uint32 * 4)(1, stride, stride, 1),
     )
 
 
 @lru_cache(maxsize=MAPS)
-def weight_map(address: int, columns: int, taps: int, channels: int, row: int, n: int, dtype: torch.dtype) -> Any:
-    """How the copy unit reads n rows of a weight (columns, taps, channels), `row` elements from one to the next."""
+def weight_map(
+    address: int,
+    sizes: tuple[int, int, int],
+    strides: tuple[int, int],
+    n: int,
+    line: int,
+    dtype: torch.dtype,
+) -> Any:
+    """How the copy unit reads n rows of a weight.
+
+    Args:
+        address: of the first element.
+        sizes: channels, taps and columns of the weight.
+        strides: from tap to tap and from column to column, in elements.
+        n: columns a copy.
+        line: bytes of channels a copy.
+        dtype: of the elements.
+    """
     return _tensor_map(
         "cuTensorMapEncodeTiled",
         address,
-        (channels, taps, columns),
-        (channels, row),
+        sizes,
+        strides,
+        line,
         dtype,
-        (ctypes.c_uint32 * 3)(LINE // dtype.itemsize, 1, n),
+        (ctypes.c_uint32 * 3)(line // dtype.itemsize, 1, n),
         (ctypes.c_uint32 * 3)(1, 1, 1),
     )
 
@@ -186,7 +207,7 @@ def _library() -> Any:
 
 
 def _tensor_map(
-    function: str, address: int, sizes: Sequence[int], steps: Sequence[int], dtype: torch.dtype, *shape: Any
+    function: str, address: int, sizes: Sequence[int], steps: Sequence[int], line: int, dtype: torch.dtype, *shape: Any
 ) -> Any:
     """A description for the copy unit: lines swizzled, fetched in pairs, zeros beyond the tensor."""
     kinds = driver.CUtensorMapDataType
@@ -195,9 +216,14 @@ def _tensor_map(
         torch.float16: kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
         torch.float8_e4m3fn: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8,
     }[dtype]
+    swizzles = driver.CUtensorMapSwizzle
     manner = (
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        {
+            32: swizzles.CU_TENSOR_MAP_SWIZZLE_32B,
+            64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+            128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+        }[line],
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )

@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mambavision.ops import launch
-from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, definitions, linear_plan, plan
+from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, definitions, last_line, linear_plan, plan
 from mambavision.ops.map_layout import empty_map, laid_out
 from mambavision.ops.precision import FLOAT8, HALVES
 
 # Where the copies take longer than the products: with fewer columns, or where the lines that are copied are so much
 # longer than the channels.
-LEAST_COLUMNS, MOST_COPIED = 112, 1.4
+LEAST_COLUMNS, MOST_COPIED = 80, 1.4
 BYTES = 16  # where a copy may start, and from pixel to pixel, are multiples of so many
 MOST_PIXELS = 2**31 - 2**20  # of a map; they are counted in 32 bits, to the end of the last tile
 
@@ -54,7 +54,7 @@ def serves(
         and columns >= LEAST_COLUMNS
         and columns % UNIT == 0
         and bytes_of_pixel % BYTES == 0
-        and -(-bytes_of_pixel // LINE) * LINE <= MOST_COPIED * bytes_of_pixel
+        and (bytes_of_pixel - 1) // LINE * LINE + last_line(bytes_of_pixel) <= MOST_COPIED * bytes_of_pixel
         and x.numel() // channels < MOST_PIXELS
         and fault(torch.cuda.current_device() if x.device.index is None else x.device.index) is None
     )
@@ -205,11 +205,18 @@ def _fill(
     clusters = min(processors // CLUSTER, items)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     sizes, strides = (channels, width, height, batch), (x.stride(3), x.stride(2), x.stride(0))
+    weight_sizes = channels, size**2, columns
+    weight_strides = weight.stride(3) if size > 1 else weight.stride(0), weight.stride(0)
+    lines = LINE, last_line(channels * x.element_size())
     others = [None if tensor is None else tensor.data_ptr() for tensor in (scale, bias, residual, out, copy)]
     with build.on(x.device.index):
-        arguments = [
-            build.pixels_map(x.data_ptr(), sizes, strides, size, stride, cut.rows, x.dtype),
-            build.weight_map(weight.data_ptr(), columns, size**2, channels, weight.stride(0), cut.n, x.dtype),
+        arguments = []
+        for line in lines:
+            arguments += [
+                build.pixels_map(x.data_ptr(), sizes, strides, size, stride, cut.rows, line, x.dtype),
+                build.weight_map(weight.data_ptr(), weight_sizes, weight_strides, cut.n, line, x.dtype),
+            ]
+        arguments += [
             *map(ctypes.c_void_p, others),
             *map(ctypes.c_int, (pixels, *result.shape[2:], items)),
         ]

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 
 CLUSTER = 2  # blocks of threads that load weights for each other
-LINE = 128  # bytes of the channels that one copy brings
+LINE = 128  # bytes of the channels that one copy brings, but for
+LAST_LINES = (32, 64, LINE)  # the last copy of a tap: the shortest of these that holds what is left
 GROUP = 128  # threads that multiply together
-WIDEST_TURNS = 208  # columns up to which a thread's registers hold the sums of two products
+WIDEST_TURNS = 208  # columns up to which a thread's registers hold the sums of two products, and half as many of four
 SHARED_BYTES = 227 * 1024  # of a block, at most
 ALIGNMENT = 1024  # bytes that the stages start at a multiple of
 BARRIERS = 1024  # bytes that are left to the stages' barriers
@@ -61,10 +62,13 @@ class Plan(NamedTuple):
 def plan(columns: int) -> Plan:
     """The cut of a convolution to so many columns: tiles as equal as multiples of 8 can be.
 
-    Two teams that take turns hide how a tile is finished; multiples of 256 columns are worth more in one tile.
+    Two teams that take turns hide how a tile is finished; multiples of 256 columns are worth more in one tile. Of few
+    columns a tile has more rows: it then copies less weight for each.
     """
     if columns % 256 == 0:
         n, teams, members, parts = 256, 1, 2, 1
+    elif columns <= WIDEST_TURNS // 2:
+        n, teams, members, parts = _even(columns, columns), 2, 1, 4
     else:
         n, teams, members, parts = _even(columns, WIDEST_TURNS), 2, 1, 2
     return _staged(n, teams, members, parts)
@@ -105,6 +109,12 @@ def _staged(n: int, teams: int, members: int, parts: int) -> Plan:
 
 def _stage_bytes(rows: int, n: int) -> int:
     return (rows + n) * LINE
+
+
+def last_line(bytes_of_pixel: int) -> int:
+    """Bytes of a line of a tap's last copy."""
+    left = (bytes_of_pixel - 1) % LINE + 1
+    return next(line for line in LAST_LINES if line >= left)
 
 
 def definitions(
@@ -151,4 +161,5 @@ def definitions(
         ("STAGES", cut.stages),
         ("CLUSTER", CLUSTER),
         ("LINE", LINE),
+        ("LAST_LINE", last_line(channels * dtype.itemsize)),
     )

@@ -11,7 +11,8 @@
 // STAGES: each is CHUNK channels of one tap of ROWS pixels, zeros beyond the map, and of N rows of the weight. Each
 // team of MEMBERS x 128 threads multiplies what comes, and with TEAMS = 2 they take tiles in turn. What limits all this
 // is what comes from the second-level cache. So the two blocks of a cluster take neighbouring pixels of the same
-// columns, and each loads every other stage's weights for both.
+// columns, and each loads every other stage's weights for both. And where the last channels of a tap are few, they are
+// copied as shorter lines: of 208 channels' four copies, the last then has a quarter of the bytes.
 //
 // With FLOAT8 the operands have 8 bits, their product has a scale for each column, and what comes out is rounded to 8
 // bits too: `copy`. Then `out`, in 16 bits, is written with a residual only, which has that type.
@@ -19,8 +20,8 @@
 // Constants that the host defines: COLUMNS of the result; CHANNELS of the map; SIZE, 3 or, for linear layers, 1;
 // STRIDE; FLOAT8; BFLOAT16, whether the 16 bits are those; HAS_BIAS, always with FLOAT8; HAS_RESIDUAL; ACTIVATION,
 // 0 none, 1 ReLU, 2 GELU by tanh; N, columns of a tile, a multiple of 8; TEAMS; MEMBERS; PARTS, products of 64 rows
-// that a thread takes part in; STAGES; CLUSTER; LINE, bytes that a copy brings of a row, which are swizzled. And the
-// function `wgmma`, sums (64, N) += left (64, STEP) right (STEP, N).
+// that a thread takes part in; STAGES; CLUSTER; LINE, bytes that a copy brings of a row, which are swizzled; LAST_LINE,
+// those of a tap's last copy. And the function `wgmma`, sums (64, N) += left (64, STEP) right (STEP, N).
 //
 // Source: NVIDIA, "Parallel Thread Execution ISA", sections on wgmma, cp.async.bulk.tensor and mbarrier. Taking turns:
 // Shah et al., "FlashAttention-3" (arXiv 2407.08608), section 3.1.
@@ -39,7 +40,8 @@ constexpr int GROUPS = TEAMS * MEMBERS;                                  // of 1
 constexpr int ROWS = 64 * MEMBERS * PARTS;
 constexpr u32 LEFT_BYTES = ROWS * LINE, RIGHT_BYTES = N * LINE;
 constexpr u32 STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
-static_assert(LINE == 128, "the swizzle, and how the matrix unit finds an operand, are those for 128 bytes");
+static_assert(LINE == 128, "the longest line that can be swizzled");
+static_assert(LAST_STEPS * 32 <= LAST_LINE, "the last channels are in the last copy");
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle repeats every 1,024 bytes");
 
 __device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
@@ -79,7 +81,7 @@ __device__ __forceinline__ void give_turn(int team) {
   if (TEAMS > 1) asm volatile("bar.arrive %0, %1;" ::"r"(1 + team), "n"(128 * GROUPS) : "memory");
 }
 
-// CHUNK channels of ROWS pixels from one on, each moved by a tap.
+// A line of channels of ROWS pixels from one on, each moved by a tap.
 __device__ __forceinline__ void load_pixels(
     u32 to, const TensorMap& map, u32 barrier, int channel, int column, int row, int image, int tap) {
   asm volatile(
@@ -88,7 +90,7 @@ __device__ __forceinline__ void load_pixels(
       "r"(row), "r"(image), "h"((short)(tap % SIZE)), "h"((short)(tap / SIZE)) : "memory");
 }
 
-// CHUNK channels of N rows of the weight, for all blocks of the cluster.
+// A line of channels of N rows of the weight, for all blocks of the cluster.
 __device__ __forceinline__ void load_weights(u32 to, const TensorMap& map, u32 barrier, int channel, int tap, int row) {
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
@@ -96,21 +98,25 @@ __device__ __forceinline__ void load_weights(u32 to, const TensorMap& map, u32 b
       "h"((short)((1 << CLUSTER) - 1)) : "memory");
 }
 
-// How the matrix unit finds an operand: rows of 128 bytes, swizzled, 1,024 bytes from eight rows to the next eight.
+// How the matrix unit finds an operand, in units of 16 bytes: where it starts, how far eight rows are from the next
+// eight, and the swizzle, 1 of 128 bytes, 2 of 64, 3 of 32.
+template <int BYTES>
 __device__ __forceinline__ u64 operand(u32 at) {
-  return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
+  constexpr u64 SWIZZLE = BYTES == 128 ? 1 : BYTES == 64 ? 2 : 3;
+  return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | ((u64)(8 * BYTES / 16) << 32) | (SWIZZLE << 62);
 }
 
-// Start adding the products of so many steps' channels; `keep` is 0 for the first of a tile, which overwrites.
-template <int STEPS>
-__device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, u32 right, int keep) {
-  u64 left_operand = operand(left), right_operand = operand(right);
+// Start adding the products of so many steps' channels, which lie in lines of BYTES, the team's first ones at `left`;
+// `keep` is 0 for the first of a tile, which overwrites.
+template <int STEPS, int BYTES>
+__device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, u32 right, int member, int keep) {
+  u64 left_operand = operand<BYTES>(left + member * PARTS * 64 * BYTES), right_operand = operand<BYTES>(right);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
 #pragma unroll
-    for (int part = 0; part < PARTS; ++part)  // operands are told in units of 16 bytes
-      wgmma(sums[part], left_operand + part * (64 * LINE / 16) + 2 * step, right_operand + 2 * step,
+    for (int part = 0; part < PARTS; ++part)
+      wgmma(sums[part], left_operand + part * (64 * BYTES / 16) + 2 * step, right_operand + 2 * step,
             step == 0 ? keep : 1);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
@@ -274,6 +280,8 @@ __device__ __forceinline__ void finish(
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128 * (GROUPS + 1), 1) product(
     const __grid_constant__ TensorMap x_map,       // (batch, height, width, CHANNELS)
     const __grid_constant__ TensorMap weight_map,  // (COLUMNS, TAPS, CHANNELS)
+    const __grid_constant__ TensorMap x_last,      // the same two, for lines of LAST_LINE
+    const __grid_constant__ TensorMap weight_last,
     const float* scale,                            // (COLUMNS,), with FLOAT8
     const void* bias,                              // (COLUMNS,), with FLOAT8 float32, else in the type of x
     const u32* residual,                           // (batch, out_height, out_width, COLUMNS)
@@ -316,11 +324,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
         for (int tap = 0; tap < TAPS; ++tap)
           for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             u32 left = stages + stage * STAGE_BYTES;
+            bool last = LAST_LINE < LINE && chunk == CHUNKS - 1;
             barrier_wait(empty + 8 * stage, phase ^ 1);
-            barrier_expect(full + 8 * stage, STAGE_BYTES);
-            load_pixels(left, x_map, full + 8 * stage, chunk * CHUNK, column, row, image, tap);
+            barrier_expect(full + 8 * stage, last ? STAGE_BYTES / LINE * LAST_LINE : STAGE_BYTES);
+            load_pixels(left, last ? x_last : x_map, full + 8 * stage, chunk * CHUNK, column, row, image, tap);
             if (turn == rank)
-              load_weights(left + LEFT_BYTES, weight_map, full + 8 * stage, chunk * CHUNK, tap, weight_row);
+              load_weights(left + LEFT_BYTES, last ? weight_last : weight_map, full + 8 * stage, chunk * CHUNK, tap,
+                           weight_row);
             if (++turn == CLUSTER) turn = 0;
             if (++stage == STAGES) stage = 0, phase ^= 1;
           }
@@ -346,12 +356,11 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
 #pragma unroll 1
       for (int chunk = 0; chunk < CHUNKS; ++chunk) {
         u32 left = stages + stage * STAGE_BYTES, right = left + LEFT_BYTES;
-        left += member * PARTS * 64 * LINE;
         barrier_wait(full + 8 * stage, phase);
         if (chunk < CHUNKS - 1)
-          multiply<LINE / 32>(sums, left, right, tap + chunk);
+          multiply<LINE / 32, LINE>(sums, left, right, member, tap + chunk);
         else
-          multiply<LAST_STEPS>(sums, left, right, tap + chunk);
+          multiply<LAST_STEPS, LAST_LINE>(sums, left, right, member, tap + chunk);
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (read >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
         read = stage;

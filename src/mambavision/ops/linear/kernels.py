@@ -12,7 +12,7 @@ PART = tl.constexpr(reference.PART)
 @triton.jit(do_not_specialize=["rows"])
 def linear_kernel(
     x,  # (rows, inner)
-    weight,  # (columns, inner)
+    weight,  # (columns, inner), a row of it `weight_row` behind the last
     bias,  # (columns,)
     weight_sum,  # (columns,): sums of the weight's rows, float32
     residual,  # (rows, columns)
@@ -22,6 +22,7 @@ def linear_kernel(
     rows,
     columns,
     inner,  # this and the row strides in units of UNIT elements, so that the compiler knows what divides them
+    weight_row,
     x_row,
     residual_row,
     out_row,
@@ -86,7 +87,7 @@ def linear_kernel(
         mean = total / inner
         variance = squares / inner - mean * mean
         mean += first
-    weight_at = weight + (column % columns)[None, :] * inner + k[:, None]
+    weight_at = weight + (column % columns)[None, :] * (weight_row * UNIT) + k[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, inner, BLOCK_K):
         if EVEN_K:

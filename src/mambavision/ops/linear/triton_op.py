@@ -112,12 +112,14 @@ def launch(
     x2, out2 = _rows(x), out.view(-1, columns)
     rows = x2.shape[0]
     residual2 = out2 if residual is None else _rows(residual)
-    weight, bias, weight_sum, moments = weight.contiguous(), dense(bias), dense(weight_sum), dense(moments)
-    unit = common_unit(inner, x2.stride(0), residual2.stride(0), columns)
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    bias, weight_sum, moments = dense(bias), dense(weight_sum), dense(moments)
+    lengths = inner, weight.stride(0), x2.stride(0), residual2.stride(0), columns
+    unit = common_unit(*lengths)
     grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)
     launcher(linear_kernel)[grid](
         x2, weight, bias, weight_sum, residual2, moments, out2, out_moments,
-        rows, columns, inner // unit, x2.stride(0) // unit, residual2.stride(0) // unit, columns // unit, norm_eps,
+        rows, columns, *(length // unit for length in lengths), norm_eps,
         UNIT=unit, BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, GROUP=GROUP,
         EVEN_K=inner % tile.inner == 0, NORM=weight_sum is not None,
         PARTS=0 if moments is None else triton.next_power_of_2(moments.shape[2]),
