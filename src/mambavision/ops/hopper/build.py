@@ -43,11 +43,10 @@ def multiply_add(n: int, kind: str) -> str:
     step, layouts = (32, "") if kind == "e4m3" else (16, ", 0, 0")  # 8-bit operands have one layout only
     return f"""
 __device__ __forceinline__ void wgmma(
-    float (&sums)[{count}], unsigned long long left, unsigned long long right, int keep) {{
-  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 2}, 0;\\n"
-      "wgmma.mma_async.sync.aligned.m64n{n}k{step}.f32.{kind}.{kind} "
-      "{{{registers}}}, %{count}, %{count + 1}, p, 1, 1{layouts};\\n}}"
-      : {operands} : "l"(left), "l"(right), "r"(keep));
+    float (&sums)[{count}], unsigned long long left, unsigned long long right) {{
+  asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k{step}.f32.{kind}.{kind} "
+      "{{{registers}}}, %{count}, %{count + 1}, 1, 1, 1{layouts};"
+      : {operands} : "l"(left), "l"(right));
 }}
 """
 

@@ -106,18 +106,16 @@ __device__ __forceinline__ u64 operand(u32 at) {
   return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | ((u64)(8 * BYTES / 16) << 32) | (SWIZZLE << 62);
 }
 
-// Start adding the products of so many steps' channels, which lie in lines of BYTES, the team's first ones at `left`;
-// `keep` is 0 for the first of a tile, which overwrites.
+// Start adding the products of so many steps' channels, which lie in lines of BYTES.
 template <int STEPS, int BYTES>
-__device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, u32 right, int member, int keep) {
+__device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, u32 right, int member) {
   u64 left_operand = operand<BYTES>(left + member * PARTS * 64 * BYTES), right_operand = operand<BYTES>(right);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
-      wgmma(sums[part], left_operand + part * (64 * BYTES / 16) + 2 * step, right_operand + 2 * step,
-            step == 0 ? keep : 1);
+      wgmma(sums[part], left_operand + part * (64 * BYTES / 16) + 2 * step, right_operand + 2 * step);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
@@ -174,14 +172,39 @@ __device__ __forceinline__ u32 rounded(float x, float y) {
 // Whether a block of 8 columns of a tile is one of the result's.
 __device__ __forceinline__ bool is_column(int first) { return COLUMNS % N == 0 || first < COLUMNS; }
 
-// What follows the product, for 64 pixels, and the stores. A thread has the elements 2 q and 2 q + 1 of each block of 8
-// columns, of two pixels 8 apart. Neighbours trade, so that each reads and writes 8 bytes in a row: four columns of one
-// of two blocks, or all eight, in 8 bits, of one of four. A pointer for each tensor, all else in the instructions.
+// Have the compiler keep the sums in their registers, which the matrix unit reads and writes behind its back.
+__device__ __forceinline__ void settle(float (&sums)[PARTS][N / 2]) {
+#pragma unroll
+  for (int part = 0; part < PARTS; ++part)
+#pragma unroll
+    for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[part][i])::"memory");
+}
+
+// A thread has the elements 2 q and 2 q + 1 of each block of 8 columns, of two pixels 8 apart. What they start from: the
+// bias, so that its loads are not waited for at the tile's end. Columns beyond the last have that of the last.
+__device__ __forceinline__ void begin(float (&sums)[PARTS][N / 2], const void* bias, int column, int q) {
+#pragma unroll
+  for (int i = 0; i < N / 8; ++i) {
+    float2 first = {0.f, 0.f};
+#if HAS_BIAS && !FLOAT8
+    int from = column + 8 * i + 2 * q;
+    first = widened(((const u32*)bias)[(COLUMNS % N == 0 ? from : min(from, COLUMNS - 2)) / 2]);
+#endif
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part)
+      sums[part][4 * i] = sums[part][4 * i + 2] = first.x, sums[part][4 * i + 1] = sums[part][4 * i + 3] = first.y;
+  }
+}
+
+// What follows the product, for 64 pixels, and the stores. Neighbours trade, so that each reads and writes 8 bytes in a
+// row: four columns of one of two blocks, or all eight, in 8 bits, of one of four. A pointer for each tensor, all else
+// in the instructions.
 __device__ __forceinline__ void finish(
-    const float (&sums)[N / 2], const float* scale, const void* bias, const u32* residual, u32* out,
-    unsigned char* copy, int pixel, int pixels, int column, int q) {
+    float (&sums)[N / 2], const float* scale, const void* bias, const u32* residual, u32* out, unsigned char* copy,
+    int pixel, int pixels, int column, int q) {
   constexpr int BLOCKS = N / 8, BATCH = 4, BELOW = 8 * COLUMNS;  // elements from the first pixel to the second
   constexpr bool WIDE = !FLOAT8 || HAS_RESIDUAL;                 // whether `out` is written
+  constexpr bool IN_PAIRS = COLUMNS % 16 == 0 && N % 16 == 0;    // whether of two blocks both are the result's, or none
   bool odd = q & 1, upper = q & 2;
   bool inside[2] = {pixel < pixels, pixel + 8 < pixels};
   u64 at = (u64)pixel * COLUMNS + column;
@@ -189,6 +212,25 @@ __device__ __forceinline__ void finish(
   out += at / 2 + (q & 2) + 4 * odd;
   copy += at + 8 * q;
   int alone = -3 * odd;  // words from there to the thread's own, of a block without a neighbour
+#pragma unroll
+  for (int i = 0; i < BLOCKS; ++i) {
+#if FLOAT8
+    int from = column + 8 * i + 2 * q;
+    if (COLUMNS % N) from = min(from, COLUMNS - 2);
+    float2 factor = *(const float2*)(scale + from), shift = *(const float2*)((const float*)bias + from);
+#endif
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float& x = sums[4 * i + 2 * half];
+      float& y = sums[4 * i + 2 * half + 1];
+#if FLOAT8
+      x = x * factor.x + shift.x;
+      y = y * factor.y + shift.y;
+#endif
+      x = activated(x);
+      y = activated(y);
+    }
+  }
 #pragma unroll
   for (int first = 0; first < BLOCKS; first += BATCH) {
     u32 words[BATCH][2], halves[BATCH][2];
@@ -200,7 +242,7 @@ __device__ __forceinline__ void finish(
         const u32* from = residual + 4 * (first + i) + half * (BELOW / 2);
         if (first + i + 1 < BLOCKS) {
           uint2 two = {0, 0};
-          if (inside[half] && is_column(column + 8 * (first + i + odd))) two = *(const uint2*)from;
+          if (inside[half] && is_column(column + 8 * (first + i + (IN_PAIRS ? 0 : odd)))) two = *(const uint2*)from;
           u32 got = __shfl_xor_sync(~0u, odd ? two.x : two.y, 1);
           words[i][half] = odd ? got : two.x;
           words[i + 1][half] = odd ? two.y : got;
@@ -210,25 +252,10 @@ __device__ __forceinline__ void finish(
       }
 #endif
 #pragma unroll
-    for (int i = 0; i < BATCH && first + i < BLOCKS; ++i) {
-      int from = column + 8 * (first + i) + 2 * q;
-      bool there = is_column(column + 8 * (first + i));
-      float2 shift = {0.f, 0.f};
-#if FLOAT8
-      float2 factor = {0.f, 0.f};
-      if (there) factor = *(const float2*)(scale + from), shift = *(const float2*)((const float*)bias + from);
-#elif HAS_BIAS
-      if (there) shift = widened(((const u32*)bias)[from / 2]);
-#endif
+    for (int i = 0; i < BATCH && first + i < BLOCKS; ++i)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float x = sums[4 * (first + i) + 2 * half], y = sums[4 * (first + i) + 2 * half + 1];
-#if FLOAT8
-        x *= factor.x;
-        y *= factor.y;
-#endif
-        x = activated(x + shift.x);
-        y = activated(y + shift.y);
 #if HAS_RESIDUAL
         float2 more = widened(words[i][half]);
         x += more.x;
@@ -237,7 +264,6 @@ __device__ __forceinline__ void finish(
         if (WIDE) words[i][half] = narrowed(x, y);
         if (FLOAT8) halves[i][half] = rounded(x, y);
       }
-    }
     if (WIDE)
 #pragma unroll
       for (int i = 0; i < BATCH && first + i < BLOCKS; i += 2)
@@ -247,7 +273,7 @@ __device__ __forceinline__ void finish(
           if (first + i + 1 < BLOCKS) {
             u32 got = __shfl_xor_sync(~0u, odd ? words[i][half] : words[i + 1][half], 1);
             uint2 two = odd ? make_uint2(got, words[i + 1][half]) : make_uint2(words[i][half], got);
-            if (inside[half] && is_column(column + 8 * (first + i + odd))) *(uint2*)to = two;
+            if (inside[half] && is_column(column + 8 * (first + i + (IN_PAIRS ? 0 : odd)))) *(uint2*)to = two;
           } else if (inside[half] && is_column(column + 8 * (first + i))) {
             to[alone] = words[i][half];
           }
@@ -304,7 +330,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
   int stage = 0;
   u32 phase = 0;
 
-  int group = threadIdx.x / 128;
+  int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler then knows that a warp's threads agree on it
   if (group == GROUPS) {  // these copy, and leave their registers to the others
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x % 128 == 0) {
@@ -321,7 +347,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
           asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(residual + (u64)pixel * COLUMNS / 2),
                        "r"(many));
 #endif
+#pragma unroll 1
         for (int tap = 0; tap < TAPS; ++tap)
+#pragma unroll 1
           for (int chunk = 0; chunk < CHUNKS; ++chunk) {
             u32 left = stages + stage * STAGE_BYTES;
             bool last = LAST_LINE < LINE && chunk == CHUNKS - 1;
@@ -350,6 +378,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
     give_turn(0);
   }
   for (int item = blockIdx.x / CLUSTER + team * clusters; item < items; item += TEAMS * clusters) {
+    begin(sums, bias, item % TILES * N, lane % 4);
+    settle(sums);
     await_turn(team);  // a wait for a stage more than a round ahead would end at once
     int read = -1;     // the stage whose products are still under way
     for (int tap = 0; tap < TAPS; ++tap)
@@ -358,9 +388,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
         u32 left = stages + stage * STAGE_BYTES, right = left + LEFT_BYTES;
         barrier_wait(full + 8 * stage, phase);
         if (chunk < CHUNKS - 1)
-          multiply<LINE / 32, LINE>(sums, left, right, member, tap + chunk);
+          multiply<LINE / 32, LINE>(sums, left, right, member);
         else
-          multiply<LAST_STEPS, LAST_LINE>(sums, left, right, member, tap + chunk);
+          multiply<LAST_STEPS, LAST_LINE>(sums, left, right, member);
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (read >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
         read = stage;
@@ -368,11 +398,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
       }
     give_turn(1 - team);
     asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int part = 0; part < PARTS; ++part)
-#pragma unroll
-      for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[part][i])::"memory");  // not read before here
     if (lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
+    settle(sums);
     if (TEAMS > 1) phase ^= (stage + LENGTH) / STAGES & 1, stage = (stage + LENGTH) % STAGES;  // the other team's
 
     int pixel = (item / TILES * CLUSTER + rank) * ROWS + member * PARTS * 64 + warp * 16 + lane / 4;
