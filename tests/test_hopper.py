@@ -46,11 +46,11 @@ def on_hopper(test):
     "columns", [80, 96, 104, 112, 128, 160, 192, 200, 208, 216, 256, 392, 400, 512, 784, 1568, 3136, 6272]
 )
 def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
-    even = plan(columns), linear_plan(300, columns, 320, 78)
-    for cut in (*even, linear_plan(25088, columns, 784, 132)):
+    even = plan(columns)
+    for cut in (even, linear_plan(25088, columns, 320, 78), linear_plan(25088, columns, 784, 132)):
         tiles = -(-columns // cut.n)
         assert cut.n % 8 == 0
-        assert tiles * cut.n < (columns + 8 * tiles if cut in even else 1.25 * columns)
+        assert tiles * cut.n < (columns + 8 * tiles if cut == even else 1.25 * columns)
         assert cut.teams * cut.members == 2
         assert cut.parts * cut.n // 2 <= 208  # sums in a thread's 240 registers
         assert cut.stages >= 3
@@ -60,8 +60,9 @@ def test_a_plan_covers_all_columns_and_fits_the_gpu(columns):
 def test_a_linear_layers_plan_leaves_few_processors_without_work():
     assert linear_plan(25088, 3136, 784, 132).n == 176  # 27 rounds of 176 columns; wider tiles need 26 of 192
     assert linear_plan(6272, 4096, 1024, 132).n == 160  # 10 rounds; of 176 columns as many
-    assert linear_plan(25088, 1280, 320, 132).n == 128  # few inner columns
-    assert linear_plan(25088, 264, 320, 132).n == 88
+    assert linear_plan(6272, 1024, 1024, 132).n == 208  # 2 rounds, of narrower tiles 3
+    assert linear_plan(25088, 1280, 320, 132).n == 160
+    assert linear_plan(25088, 2048, 512, 132).n == 176  # few inner columns: not the widest tiles
 
 
 def test_a_plan_is_not_cut_finer_than_it_has_to():
@@ -322,12 +323,14 @@ def test_a_measured_choice_of_a_linear_layer_holds_only_where_it_serves(monkeypa
     for bias in (random(16, dtype=torch.float16), random(16), None):
         linear_op.linear(x, weight, bias, None, None, 0.0, "gelu_tanh")
     linear_op.linear(x, weight, None, None, None, 0.0, "none")
+    linear_op.linear(x, weight, None, random(5, 16, dtype=torch.float16), None, 0.0, "none")
+    linear_op.linear(x, weight, None, None, weight.float().sum(1), 1e-5, "none")
     keys, first = zip(*asked, strict=True)
-    assert len(set(keys)) == 4
-    assert first[0] == [HOPPER, LIBRARY]
+    assert len(set(keys)) == 6
+    assert first[0] == first[3] == [HOPPER, LIBRARY]
     assert first[2][0] == HOPPER
-    assert all(LIBRARY not in tiles for tiles in first[1:])
-    assert HOPPER not in (first[1] + first[3])
+    assert all(LIBRARY not in tiles for tiles in first[1:3] + first[4:])
+    assert HOPPER not in (first[1] + first[4] + first[5])
 
 
 def test_eight_bits_go_where_they_are_served(monkeypatch):
@@ -533,8 +536,8 @@ def check_linear(rows, inner, columns, dtype, activation):
     check(found, usual, truth, gelu=activation.startswith("gelu"))
     aligned = padded_to_lines(weight, bytes_each=2)[:, :inner]
     assert torch.equal(cuda_op.linear(x, aligned, bias, activation), found)
-    if linear_op.is_large(rows, columns) and activation == "gelu_tanh":
-        assert torch.equal(linear_op.linear(x, weight, bias, None, None, 0.0, "gelu_tanh"), found)  # by rule
+    if linear_op.is_large(rows, columns) and activation in ("none", "gelu_tanh"):
+        assert torch.equal(linear_op.linear(x, weight, bias, None, None, 0.0, activation), found)  # by rule
     return found
 
 

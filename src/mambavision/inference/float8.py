@@ -107,7 +107,7 @@ class Float8Linear(CastWithExact):
 class Float8Products(nn.Module):
     """What a token block multiplies behind its norms, in 8 bits; the bias of its last layer is added elsewhere."""
 
-    def __init__(self, first: nn.Linear, fc1: AlignedLinear, fc2: nn.Linear) -> None:
+    def __init__(self, first: AlignedLinear, fc1: AlignedLinear, fc2: nn.Linear) -> None:
         super().__init__()
         self.first = Float8Linear(first, bias=first.bias is not None, to_float8=False)
         self.fc1 = Float8Linear(fc1, bias=True, to_float8=True)

@@ -231,7 +231,7 @@ class KernelTokenBlock(CastWithExact):
     def add_to(self, x: Tensor, length: int, normed: Tensor) -> None:
         """The same on the stream x (rows, dim), in place; its biases are there already. `normed`: its first norm."""
         first, last = self.mixer.first, self.mixer.last
-        u = F.linear(normed, first.weight, first.bias)
+        u = linear(normed, first.weight, first.bias)
         mixed = self.mixer(u.view(-1, length, u.shape[1]))
         x.addmm_(mixed.reshape(x.shape[0], -1), last.weight.t())
         normed = layer_norm(x, self.early2, eps=self.eps)
@@ -267,7 +267,7 @@ class KernelMixer(CastWithExact):
 
     def __init__(self, mixer: FusedMixer) -> None:
         super().__init__()
-        self.first, self.last = mixer.in_proj, mixer.out_proj
+        self.first, self.last = AlignedLinear(mixer.in_proj), mixer.out_proj
         self.channels, self.d_state = mixer.channels, mixer.d_state
         self.x_proj = mixer.x_proj
         self.conv = nn.Parameter(mixer.conv1d.weight.detach().squeeze(1), requires_grad=False)  # (dim, kernel)
@@ -294,23 +294,24 @@ class KernelAttention(nn.Module):
         width = attention.proj.in_features // self.num_heads
         self.scale = width**-0.5
         self.width = -(-width // HEAD_UNIT) * HEAD_UNIT
-        self.first, self.last = attention.qkv, attention.proj
+        first, last = attention.qkv, attention.proj
         if self.width != width:
-            self.first, self.last = self._pad_heads(width)
+            first, last = self._pad_heads(first, last, width)
+        self.first, self.last = AlignedLinear(first), last
 
-    def _pad_heads(self, width: int) -> tuple[nn.Linear, nn.Linear]:
+    def _pad_heads(self, before: nn.Linear, behind: nn.Linear, width: int) -> tuple[nn.Linear, nn.Linear]:
         """The projections with zeros between the heads."""
         heads, more = self.num_heads, self.width - width
-        dim = self.first.in_features
+        dim = before.in_features
         first = nn.Linear(dim, 3 * heads * self.width, device="meta")
-        weight = F.pad(self.first.weight.detach().view(3 * heads, width, dim), (0, 0, 0, more))
+        weight = F.pad(before.weight.detach().view(3 * heads, width, dim), (0, 0, 0, more))
         first.weight = nn.Parameter(weight.reshape(-1, dim), requires_grad=False)
-        bias = F.pad(self.first.bias.detach().view(3 * heads, width), (0, more))
+        bias = F.pad(before.bias.detach().view(3 * heads, width), (0, more))
         first.bias = nn.Parameter(bias.reshape(-1), requires_grad=False)
         last = nn.Linear(heads * self.width, dim, device="meta")
-        weight = F.pad(self.last.weight.detach().view(dim, heads, width), (0, more))
+        weight = F.pad(behind.weight.detach().view(dim, heads, width), (0, more))
         last.weight = nn.Parameter(weight.reshape(dim, -1), requires_grad=False)
-        last.bias = self.last.bias
+        last.bias = behind.bias
         return first, last
 
     def forward(self, qkv: Tensor) -> Tensor:  # (windows, length, 3 x channels) -> (windows, length, channels)

@@ -17,10 +17,10 @@ BARRIERS = 1024  # bytes that are left to the stages' barriers
 MOST_STAGES = 8
 UNIT = 8  # columns, of which a tile has a multiple
 # Of linear layers: tiles of so many columns are compared, of equally good ones the first is taken; and what a tile
-# costs beside its columns, in columns. With few inner columns how a tile is finished counts: then narrow ones, which
-# have more stages, are faster.
+# costs beside its columns, in columns. With few inner columns how a tile is started and finished counts, and the widest
+# ones have the fewest stages that could be under way meanwhile.
 CUTS, COST_OF_A_TILE = (192, 176, 160, 144, 128), 16
-FEW_INNER, NARROW = 768, 128
+FEW_INNER = 768
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu_tanh": 2}
 
 Definitions = tuple[tuple[str, int], ...]
@@ -85,9 +85,8 @@ def linear_plan(rows: int, columns: int, inner: int, processors: int) -> Plan:
     """
     if columns <= WIDEST_TURNS:
         return plan(columns)
-    if inner < FEW_INNER:
-        return _staged(_even(columns, NARROW), teams=2, members=1, parts=2)
-    cuts = [_staged(n, teams=2, members=1, parts=2) for n in CUTS]
+    widths = CUTS if inner < FEW_INNER else (*CUTS, WIDEST_TURNS)
+    cuts = [_staged(n, teams=2, members=1, parts=2) for n in widths]
 
     def cost(cut: Plan) -> int:
         items = -(-rows // (cut.rows * CLUSTER)) * -(-columns // cut.n)

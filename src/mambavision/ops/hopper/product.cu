@@ -180,8 +180,8 @@ __device__ __forceinline__ void settle(float (&sums)[PARTS][N / 2]) {
     for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[part][i])::"memory");
 }
 
-// A thread has the elements 2 q and 2 q + 1 of each block of 8 columns, of two pixels 8 apart. What they start from: the
-// bias, so that its loads are not waited for at the tile's end. Columns beyond the last have that of the last.
+// A thread has the elements 2 q and 2 q + 1 of each block of 8 columns, of two pixels 8 apart. They start from the
+// bias, so that its loads are not waited for at the end of the tile. Columns beyond the last have that of the last.
 __device__ __forceinline__ void begin(float (&sums)[PARTS][N / 2], const void* bias, int column, int q) {
 #pragma unroll
   for (int i = 0; i < N / 8; ++i) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import prod
 
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.library import triton_op
@@ -47,6 +48,8 @@ def linear(
         if tile == HOPPER:
             y: Tensor = hopper.linear(x, weight, bias, activation)
             return y
+        if tile == LIBRARY and activation == "none":
+            return F.linear(x, weight, bias)
         if tile == LIBRARY:  # no public function asks the library for that
             assert bias is not None
             return torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True).view(shape)
@@ -55,8 +58,9 @@ def linear(
         return out
 
     tiles = that_fit(candidates(rows, columns), x.element_size(), x.device)
-    plain = weight_sum is None and residual is None and activation == "gelu_tanh"  # which libraries have at the end
-    by_library = plain and _on_gpu(x) and bias is not None and bias.dtype == x.dtype
+    # What libraries have at the end of a product, the latter only behind a bias.
+    plain = weight_sum is None and residual is None and activation in ("none", "gelu_tanh")
+    by_library = plain and _on_gpu(x) and (activation == "none" if bias is None else bias.dtype == x.dtype)
     if by_library:
         tiles.insert(0, LIBRARY)
     served = plain and is_large(rows, columns) and hopper.serves(x, weight, None, bias, None, activation)
