@@ -105,6 +105,7 @@ def test_the_source_compiles(columns, channels, size, stride, bias, activation, 
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     text = build.source(
+        "product",
         definitions(
             plan(columns) if size == 3 else linear_plan(25088, columns, channels, 132),
             columns,
@@ -116,7 +117,7 @@ def test_the_source_compiles(columns, channels, size, stride, bias, activation, 
             bias=bias,
             residual=residual,
             activation=activation,
-        )
+        ),
     )
     code = build.compiled(text)
     assert code[:4] == b"\x7fELF"
@@ -128,8 +129,9 @@ def test_the_source_compiles(columns, channels, size, stride, bias, activation, 
 
 
 def test_its_lines_are_as_long_as_pythons():
-    source = (files("mambavision.ops.hopper") / "product.cu").read_text(encoding="utf-8")
-    assert max(map(len, source.splitlines())) <= 120
+    for name in ("primitives.cuh", "product.cu", "attention.cu"):
+        source = (files("mambavision.ops.hopper") / name).read_text(encoding="utf-8")
+        assert max(map(len, source.splitlines())) <= 120
 
 
 def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
@@ -592,7 +594,7 @@ def test_sums_stay_in_registers():
     with launch.precompiling():
         cuda_op.conv3x3(x, weight, None, None, 1, "gelu_tanh")
         ((_, defined, _),) = launch._precompiling.asked
-    arguments = defined, plan(208).shared_bytes, x.device.index
+    arguments = "product", defined, plan(208).shared_bytes, x.device.index
     function = build.kernel(*arguments)
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
     assert build.checked(driver.cuFuncGetAttribute(attribute, function)) <= 64

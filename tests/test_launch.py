@@ -51,6 +51,16 @@ def test_what_is_noted_is_compiled_at_the_end_once_and_the_longest_first(monkeyp
     assert done == ["long", "short"]
 
 
+def test_compilers_that_are_no_python_begin_at_once():
+    begun, end = threading.Event(), threading.Event()
+    with launch.precompiling():
+        for _ in range(2):
+            launch.note("name", lambda: (begun.set(), end.wait(60)), at_once=True)
+        assert begun.wait(60)
+        assert len(launch._precompiling.asked) == 1
+        end.set()
+
+
 def test_nothing_is_compiled_for_what_failed():
     done = []
 
@@ -65,9 +75,10 @@ def test_nothing_is_compiled_for_what_failed():
     assert not launch.is_precompiling()
 
 
-def test_a_failed_compilation_is_told():
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_failed_compilation_is_told(at_once):
     with pytest.raises(ZeroDivisionError), launch.precompiling():
-        launch.note("name", lambda: 1 / 0)
+        launch.note("name", lambda: 1 / 0, at_once=at_once)
 
 
 @pytest.mark.gpu

@@ -12,7 +12,16 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 
 # Files whose tests launch kernels on small and odd shapes. Left out: what compiles, records or is large, which takes
 # minutes under the sanitizer and launches the same kernels.
-FILES = ("scan_kernels", "fused_ops", "hopper", "float8", "training_ops", "add_layer_norm", "batch_norm")
+FILES = (
+    "scan_kernels",
+    "fused_ops",
+    "hopper",
+    "hopper_attention",
+    "float8",
+    "training_ops",
+    "add_layer_norm",
+    "batch_norm",
+)
 LEFT_OUT = ("compile", "networks", "torch_asks", "known_to_pytorch", "graph", "memory", "network", "packaged", "logits")
 ERROR = 99
 
@@ -30,8 +39,9 @@ def test_kernels_stay_inside_their_memory(file, sanitizer):
     check(sanitizer, "memcheck", file)
 
 
-def test_the_kernel_with_barriers_of_its_own_uses_them_rightly(sanitizer):
-    check(sanitizer, "synccheck", "hopper")
+@pytest.mark.parametrize("file", ["hopper", "hopper_attention"])
+def test_kernels_with_barriers_of_their_own_use_them_rightly(file, sanitizer):
+    check(sanitizer, "synccheck", file)
 
 
 def check(sanitizer, tool, file):

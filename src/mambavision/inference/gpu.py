@@ -26,6 +26,7 @@ from mambavision.layers.token_block import TokenBlock
 from mambavision.models.backbone import Level, MambaVisionBackbone
 from mambavision.ops import selective_scan, selective_scan_
 from mambavision.ops.conv3x3 import conv3x3
+from mambavision.ops.hopper import attention_op as hopper
 from mambavision.ops.layer_norm import layer_norm, layer_norm_and_sum, layer_norm_of_sum_
 from mambavision.ops.linear import linear, linear_with_moments
 from mambavision.ops.precision import FLOAT8, HALVES
@@ -39,7 +40,7 @@ HEAD_UNIT = 8  # to multiples of which attention's kernels take the width of a h
 # included, beats the library's product with kernels for what surrounds it.
 FEW_WORK = 80 * 2**20
 FLOAT8_ROWS = 768  # rows of tokens, of all windows, from which rounding to 8 bits costs less than its products gain
-MANY_WINDOWS = 24  # of more than SHORT_WINDOW tokens, from which cuDNN's attention is the fastest
+MANY_WINDOWS = 24  # of more than SHORT_WINDOW tokens, from which the Hopper kernel's attention or cuDNN's is faster
 
 
 def use_kernels(fused: MambaVisionBackbone, *, float8: bool = False) -> None:
@@ -320,6 +321,9 @@ class KernelAttention(nn.Module):
             return qkv[..., : self.num_heads * self.width]
         if length <= (SHORT_WINDOW if windows >= MANY_WINDOWS else MOST_TOKENS):
             return window_attention(qkv, num_heads=self.num_heads, scale=self.scale)
+        if hopper.serves(qkv, self.num_heads):
+            attended: Tensor = hopper.attention(qkv, self.num_heads, self.scale)
+            return attended
         q, k, v = qkv.view(windows, length, 3, self.num_heads, self.width).permute(2, 0, 3, 1, 4).unbind(0)
         with _fastest_attention(q):
             x = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # (windows, heads, length, width)

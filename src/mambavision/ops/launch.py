@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from inspect import getsource
@@ -14,18 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import wrap_triton
 
-WORKERS = 6  # threads that compile; a sixth of it is Python, for which more of them would wait for each other
+WORKERS = 10  # threads that compile; a sixth of it is Python, for which more of them would wait for each other
 
 
 class _Asked(NamedTuple):
     compile: Callable[[], object]
     length: int
+    begun: Future[object] | None
 
 
 class _Precompiling(threading.local):
-    """What is to be compiled for the thread that asked for it; others launch meanwhile."""
+    """What is to be compiled for the thread that asked for it, and by whom; others launch meanwhile."""
 
     asked: dict[Hashable, _Asked] | None = None
+    pool: ThreadPoolExecutor | None = None
 
 
 _precompiling = _Precompiling()
@@ -45,18 +47,22 @@ def precompiling() -> Iterator[None]:
     """While it lasts, kernels are not launched; at its end those that were asked for are compiled, side by side.
 
     What the ops return meanwhile is memory as it comes. Compiling a kernel takes up to two seconds, and a network has
-    tens of them. Not before the end, as compilers and the network would wait for each other's Python.
+    tens of them. Most not before the end, as compilers and the network would wait for each other's Python.
     """
     asked: dict[Hashable, _Asked] = {}
-    _precompiling.asked = asked
-    try:
-        yield
-    finally:
-        _precompiling.asked = None
-    # The longest source first: it is the slowest to compile.
-    slowest_first = sorted(asked.values(), key=lambda kernel: kernel.length, reverse=True)
     with ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda kernel: kernel.compile(), slowest_first))
+        _precompiling.asked, _precompiling.pool = asked, pool
+        try:
+            yield
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        finally:
+            _precompiling.asked = _precompiling.pool = None
+        # The longest source first: it is the slowest to compile.
+        slowest_first = sorted(asked.values(), key=lambda kernel: kernel.length, reverse=True)
+        for begun in [kernel.begun or pool.submit(kernel.compile) for kernel in slowest_first]:
+            begun.result()
 
 
 def is_precompiling() -> bool:
@@ -64,16 +70,20 @@ def is_precompiling() -> bool:
     return _precompiling.asked is not None
 
 
-def note(key: Hashable, compile: Callable[[], object], *, length: int = 0) -> None:
-    """Have a kernel compiled at the end of `precompiling`, once for each key.
+def note(key: Hashable, compile: Callable[[], object], *, length: int = 0, at_once: bool = False) -> None:
+    """Have a kernel compiled until the end of `precompiling`, once for each key.
 
     Args:
         key: names the kernel and all that is special about it.
         compile: makes and keeps it; called by any thread.
         length: of its source, by which the slow ones come first; without it, among the last.
+        at_once: whether to begin before the end: for a compiler that is no Python.
     """
-    assert _precompiling.asked is not None
-    _precompiling.asked.setdefault(key, _Asked(compile, length))
+    asked, pool = _precompiling.asked, _precompiling.pool
+    assert asked is not None
+    assert pool is not None
+    if key not in asked:
+        asked[key] = _Asked(compile, length, pool.submit(compile) if at_once else None)
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernel: compiled on the machine that runs it, kept in Triton's cache, loaded and launched."""
+"""The CUDA C++ kernels: compiled on the machine that runs them, kept in Triton's cache, loaded and launched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from cuda.bindings import driver, nvrtc
 from triton.runtime.cache import get_cache_manager
 
-from mambavision.ops.hopper.plan import LAST_LINES, Definitions
+from mambavision.ops.hopper.plan import LAST_LINES, LINE, Definitions
 
 # `sm_90a` is Hopper with the instructions that later generations do not have.
 OPTIONS = ("--gpu-architecture=sm_90a", "--std=c++17")
@@ -35,29 +35,53 @@ def checked(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
-def multiply_add(n: int, kind: str) -> str:
-    """The function `wgmma` of `product.cu` for n columns of `bf16`, `f16` or `e4m3`: C++ wants each register named."""
+def multiply_add(name: str, n: int, kind: str, *, behind_registers: bool = False) -> str:
+    """A C++ function sums (64, n) += left right, or = where `keep` is 0; in C++ each register has to be named.
+
+    Args:
+        name: of the function.
+        n: columns, a multiple of 8.
+        kind: of the operands, `bf16`, `f16` or `e4m3`.
+        behind_registers: whether left is in registers, and right with its columns side by side, not its inner index.
+    """
     count = n // 2
     registers = ", ".join(f"%{i}" for i in range(count))
-    operands = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
-    step, layouts = (32, "") if kind == "e4m3" else (16, ", 0, 0")  # 8-bit operands have one layout only
+    sums = ", ".join(f'"+f"(sums[{i}])' for i in range(count))
+    step = 32 if kind == "e4m3" else 16
+    if behind_registers:
+        parameter, left, layouts = "const unsigned int (&left)[4]", 4, ", 1"
+        operand, given = (
+            f"{{{', '.join(f'%{count + i}' for i in range(4))}}}",
+            ", ".join(f'"r"(left[{i}])' for i in range(4)),
+        )
+    else:
+        parameter, left = "unsigned long long left", 1
+        operand, given, layouts = f"%{count}", '"l"(left)', "" if kind == "e4m3" else ", 0, 0"  # 8 bits have one only
     return f"""
-__device__ __forceinline__ void wgmma(
-    float (&sums)[{count}], unsigned long long left, unsigned long long right) {{
-  asm volatile("wgmma.mma_async.sync.aligned.m64n{n}k{step}.f32.{kind}.{kind} "
-      "{{{registers}}}, %{count}, %{count + 1}, 1, 1, 1{layouts};"
-      : {operands} : "l"(left), "l"(right));
+__device__ __forceinline__ void {name}(
+    float (&sums)[{count}], {parameter}, unsigned long long right, int keep) {{
+  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + left + 1}, 0;\\n"
+      "wgmma.mma_async.sync.aligned.m64n{n}k{step}.f32.{kind}.{kind} "
+      "{{{registers}}}, {operand}, %{count + left}, p, 1, 1{layouts};\\n}}"
+      : {sums} : {given}, "l"(right), "r"(keep));
 }}
 """
 
 
-def source(defined: Definitions) -> str:
-    """`product.cu` with its constants and the function that it asks for."""
+def source(name: str, defined: Definitions) -> str:
+    """The file `name`.cu with its constants and the functions that it asks for."""
     values = dict(defined)
-    kind = "e4m3" if values["FLOAT8"] else "bf16" if values["BFLOAT16"] else "f16"
-    lines = [f"#define {name} {value}" for name, value in defined]
-    kernel = (files(__package__) / "product.cu").read_text(encoding="utf-8")
-    return "\n".join([*lines, multiply_add(values["N"], kind), kernel])
+    kind = "e4m3" if values.get("FLOAT8") else "bf16" if values["BFLOAT16"] else "f16"
+    if name == "product":
+        functions = [multiply_add("wgmma", values["N"], kind)]
+    else:
+        functions = [
+            multiply_add("score_first", values["FIRST"], kind),
+            multiply_add("score_rest", values["KEYS"] - values["FIRST"], kind),
+            multiply_add("weigh", values["WIDTH"], kind, behind_registers=True),
+        ]
+    texts = [(files(__package__) / file).read_text(encoding="utf-8") for file in ("primitives.cuh", f"{name}.cu")]
+    return "\n".join([*(f"#define {constant} {value}" for constant, value in defined), *functions, *texts])
 
 
 def compiled(text: str) -> bytes:
@@ -72,13 +96,13 @@ def compiled(text: str) -> bytes:
     if found is not None:
         with open(found, "rb") as file:
             return file.read()
-    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"product.cu", 0, [], []))
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), b"kernel.cu", 0, [], []))
     try:
         status, *_ = nvrtc.nvrtcCompileProgram(program, len(OPTIONS), [option.encode() for option in OPTIONS])
         if int(status):
             log = bytearray(checked(nvrtc.nvrtcGetProgramLogSize(program)))
             checked(nvrtc.nvrtcGetProgramLog(program, log))
-            raise RuntimeError(f"CUDA's compiler refuses product.cu:\n{log.rstrip(bytes(1)).decode()}")
+            raise RuntimeError(f"CUDA's compiler refuses a kernel:\n{log.rstrip(bytes(1)).decode()}")
         code = bytearray(checked(nvrtc.nvrtcGetCUBINSize(program)))
         checked(nvrtc.nvrtcGetCUBIN(program, code))
     finally:
@@ -105,12 +129,12 @@ def on(device: int) -> Iterator[None]:
 
 
 @cache
-def kernel(defined: Definitions, shared_bytes: int, device: int) -> Any:
-    """The function `product` with its constants, loaded on a GPU."""
-    code = compiled(source(defined))
+def kernel(name: str, defined: Definitions, shared_bytes: int, device: int) -> Any:
+    """The function `name` of the file of that name, with its constants, loaded on a GPU."""
+    code = compiled(source(name, defined))
     with on(device):
         module = checked(driver.cuModuleLoadData(code))
-        function = checked(driver.cuModuleGetFunction(module, b"product"))
+        function = checked(driver.cuModuleGetFunction(module, name.encode()))
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         checked(driver.cuFuncSetAttribute(function, attribute, shared_bytes))
     return function
@@ -196,6 +220,29 @@ def weight_map(
         dtype,
         (ctypes.c_uint32 * 3)(line // dtype.itemsize, 1, n),
         (ctypes.c_uint32 * 3)(1, 1, 1),
+    )
+
+
+@lru_cache(maxsize=MAPS)
+def heads_map(address: int, sizes: tuple[int, int, int, int], tokens: int, dtype: torch.dtype) -> Any:
+    """How the copy unit reads some tokens of a head, in lines of 128 bytes with zeros behind what is there.
+
+    Args:
+        address: of the first element.
+        sizes: channels of a head, heads, tokens of a window and windows, which lie without gaps.
+        tokens: a copy.
+        dtype: of the elements.
+    """
+    channels, heads, length, _ = sizes
+    return _tensor_map(
+        "cuTensorMapEncodeTiled",
+        address,
+        sizes,
+        (channels, heads * channels, length * heads * channels),
+        LINE,
+        dtype,
+        (ctypes.c_uint32 * 4)(LINE // dtype.itemsize, 1, tokens, 1),
+        (ctypes.c_uint32 * 4)(1, 1, 1, 1),
     )
 
 

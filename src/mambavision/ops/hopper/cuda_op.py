@@ -137,7 +137,8 @@ linear_float8.register_fake(lambda x, weight, _scale, _bias, _activation: x.new_
 
 
 @cache
-def _processors(device: int) -> int:
+def processors(device: int) -> int:
+    """Multiprocessors of a GPU."""
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
@@ -183,8 +184,8 @@ def _fill(
     result = copy if out is None else out
     assert result is not None
     pixels = result.numel() // columns
-    processors = _processors(x.device.index)
-    cut = linear_plan(pixels, columns, channels, processors) if size == 1 else plan(columns)
+    present = processors(x.device.index)
+    cut = linear_plan(pixels, columns, channels, present) if size == 1 else plan(columns)
     defined = definitions(
         cut,
         columns,
@@ -197,12 +198,12 @@ def _fill(
         residual=residual is not None,
         activation=activation,
     )
-    compiled = partial(build.kernel, defined, cut.shared_bytes, x.device.index)
+    compiled = partial(build.kernel, "product", defined, cut.shared_bytes, x.device.index)
     if launch.is_precompiling():
-        launch.note(("hopper", defined, x.device), compiled)
+        launch.note(("hopper", defined, x.device), compiled, at_once=True)
         return
     items = -(-columns // cut.n) * -(-pixels // (cut.rows * CLUSTER))
-    clusters = min(processors // CLUSTER, items)
+    clusters = min(present // CLUSTER, items)
     stream = torch.cuda.current_stream(x.device).cuda_stream
     sizes, strides = (channels, width, height, batch), (x.stride(3), x.stride(2), x.stride(0))
     weight_sizes = channels, size**2, columns

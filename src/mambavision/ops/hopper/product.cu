@@ -23,12 +23,8 @@
 // that a thread takes part in; STAGES; CLUSTER; LINE, bytes that a copy brings of a row, which are swizzled; LAST_LINE,
 // those of a tap's last copy. And the function `wgmma`, sums (64, N) += left (64, STEP) right (STEP, N).
 //
-// Source: NVIDIA, "Parallel Thread Execution ISA", sections on wgmma, cp.async.bulk.tensor and mbarrier. Taking turns:
-// Shah et al., "FlashAttention-3" (arXiv 2407.08608), section 3.1.
-
-typedef unsigned int u32;
-typedef unsigned long long u64;
-struct alignas(64) TensorMap { u64 opaque[16]; };
+// Source: `primitives.cuh`, which comes before this. Taking turns: Shah et al., "FlashAttention-3" (arXiv 2407.08608),
+// section 3.1.
 
 constexpr int CHUNK = FLOAT8 ? LINE : LINE / 2, STEP = FLOAT8 ? 32 : 16;  // channels; a step is 32 bytes
 constexpr int CHUNKS = (CHANNELS + CHUNK - 1) / CHUNK;
@@ -43,35 +39,6 @@ constexpr u32 STAGE_BYTES = LEFT_BYTES + RIGHT_BYTES;
 static_assert(LINE == 128, "the longest line that can be swizzled");
 static_assert(LAST_STEPS * 32 <= LAST_LINE, "the last channels are in the last copy");
 static_assert(STAGE_BYTES % 1024 == 0, "the swizzle repeats every 1,024 bytes");
-
-__device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
-
-__device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-// The only arrival of a stage that is to be filled with so many bytes.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Arrive at the barrier of that block of the cluster. With the default scope: a wider one would wait for all of the
-// thread's earlier stores, at three tenths of the kernel's time.
-__device__ __forceinline__ void barrier_arrive(u32 barrier, u32 block) {
-  asm volatile(
-      "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(barrier), "r"(block) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(u32 barrier, u32 phase) {
-  asm volatile(
-      "{\n.reg .pred done;\nAGAIN:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@!done bra AGAIN;\n}" ::"r"(barrier), "r"(phase) : "memory");
-}
-
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
 
 // Teams wait for their turn and hand it on.
 __device__ __forceinline__ void await_turn(int team) {
@@ -98,47 +65,17 @@ __device__ __forceinline__ void load_weights(u32 to, const TensorMap& map, u32 b
       "h"((short)((1 << CLUSTER) - 1)) : "memory");
 }
 
-// How the matrix unit finds an operand, in units of 16 bytes: where it starts, how far eight rows are from the next
-// eight, and the swizzle, 1 of 128 bytes, 2 of 64, 3 of 32.
-template <int BYTES>
-__device__ __forceinline__ u64 operand(u32 at) {
-  constexpr u64 SWIZZLE = BYTES == 128 ? 1 : BYTES == 64 ? 2 : 3;
-  return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | ((u64)(8 * BYTES / 16) << 32) | (SWIZZLE << 62);
-}
-
 // Start adding the products of so many steps' channels, which lie in lines of BYTES.
 template <int STEPS, int BYTES>
 __device__ __forceinline__ void multiply(float (&sums)[PARTS][N / 2], u32 left, u32 right, int member) {
   u64 left_operand = operand<BYTES>(left + member * PARTS * 64 * BYTES), right_operand = operand<BYTES>(right);
-  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  start_products();
 #pragma unroll
   for (int step = 0; step < STEPS; ++step)
 #pragma unroll
     for (int part = 0; part < PARTS; ++part)
-      wgmma(sums[part], left_operand + part * (64 * BYTES / 16) + 2 * step, right_operand + 2 * step);
-  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-}
-
-// Two neighbouring elements from and to a word.
-__device__ __forceinline__ float2 widened(u32 word) {
-  float2 v;
-#if BFLOAT16
-  v.x = __uint_as_float(word << 16);
-  v.y = __uint_as_float(word & 0xFFFF0000u);
-#else
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;\n}"
-      : "=f"(v.x), "=f"(v.y) : "r"(word));
-#endif
-  return v;
-}
-__device__ __forceinline__ u32 narrowed(float x, float y) {
-  u32 word;
-#if BFLOAT16
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
-#else
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(y), "f"(x));
-#endif
-  return word;
+      wgmma(sums[part], left_operand + part * (64 * BYTES / 16) + 2 * step, right_operand + 2 * step, 1);
+  commit_products();
 }
 
 __device__ __forceinline__ float activated(float v) {
@@ -171,14 +108,6 @@ __device__ __forceinline__ u32 rounded(float x, float y) {
 
 // Whether a block of 8 columns of a tile is one of the result's.
 __device__ __forceinline__ bool is_column(int first) { return COLUMNS % N == 0 || first < COLUMNS; }
-
-// Have the compiler keep the sums in their registers, which the matrix unit reads and writes behind its back.
-__device__ __forceinline__ void settle(float (&sums)[PARTS][N / 2]) {
-#pragma unroll
-  for (int part = 0; part < PARTS; ++part)
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sums[part][i])::"memory");
-}
 
 // A thread has the elements 2 q and 2 q + 1 of each block of 8 columns, of two pixels 8 apart. They start from the
 // bias, so that its loads are not waited for at the end of the tile. Columns beyond the last have that of the last.
@@ -243,9 +172,9 @@ __device__ __forceinline__ void finish(
         if (first + i + 1 < BLOCKS) {
           uint2 two = {0, 0};
           if (inside[half] && is_column(column + 8 * (first + i + (IN_PAIRS ? 0 : odd)))) two = *(const uint2*)from;
-          u32 got = __shfl_xor_sync(~0u, odd ? two.x : two.y, 1);
-          words[i][half] = odd ? got : two.x;
-          words[i + 1][half] = odd ? two.y : got;
+          uint2 both = traded(two.x, two.y, odd);
+          words[i][half] = both.x;
+          words[i + 1][half] = both.y;
         } else {
           words[i][half] = inside[half] && is_column(column + 8 * (first + i)) ? from[alone] : 0;
         }
@@ -271,8 +200,7 @@ __device__ __forceinline__ void finish(
         for (int half = 0; half < 2; ++half) {
           u32* to = out + 4 * (first + i) + half * (BELOW / 2);
           if (first + i + 1 < BLOCKS) {
-            u32 got = __shfl_xor_sync(~0u, odd ? words[i][half] : words[i + 1][half], 1);
-            uint2 two = odd ? make_uint2(got, words[i + 1][half]) : make_uint2(words[i][half], got);
+            uint2 two = traded(words[i][half], words[i + 1][half], odd);
             if (inside[half] && is_column(column + 8 * (first + i + (IN_PAIRS ? 0 : odd)))) *(uint2*)to = two;
           } else if (inside[half] && is_column(column + 8 * (first + i))) {
             to[alone] = words[i][half];
@@ -379,7 +307,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
   }
   for (int item = blockIdx.x / CLUSTER + team * clusters; item < items; item += TEAMS * clusters) {
     begin(sums, bias, item % TILES * N, lane % 4);
-    settle(sums);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) settle(sums[part]);
     await_turn(team);  // a wait for a stage more than a round ahead would end at once
     int read = -1;     // the stage whose products are still under way
     for (int tap = 0; tap < TAPS; ++tap)
@@ -391,15 +320,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
           multiply<LINE / 32, LINE>(sums, left, right, member);
         else
           multiply<LAST_STEPS, LAST_LINE>(sums, left, right, member);
-        asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+        await_products<1>();
         if (read >= 0 && lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
         read = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
     give_turn(1 - team);
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    await_products<0>();
     if (lane < CLUSTER) barrier_arrive(empty + 8 * read, lane);
-    settle(sums);
+#pragma unroll
+    for (int part = 0; part < PARTS; ++part) settle(sums[part]);
     if (TEAMS > 1) phase ^= (stage + LENGTH) / STAGES & 1, stage = (stage + LENGTH) % STAGES;  // the other team's
 
     int pixel = (item / TILES * CLUSTER + rank) * ROWS + member * PARTS * 64 + warp * 16 + lane / 4;
