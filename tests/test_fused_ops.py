@@ -224,6 +224,17 @@ def test_aligned_rows_hold_the_weight():
     assert torch.equal(weight_of_rows(rows, 5), weight)
 
 
+def test_a_librarys_product_keeps_the_type_under_autocast(monkeypatch):
+    monkeypatch.setattr(linear_op, "_on_gpu", lambda _: True)
+    for op in (linear_op, conv3x3_op):
+        monkeypatch.setattr(op, "choose", lambda *_: conv3x3_op.LIBRARY)
+    x, weight = random(5, 16, dtype=torch.bfloat16), random(24, 16, dtype=torch.bfloat16)
+    maps, kernel = random(1, 16, 4, 4, dtype=torch.bfloat16), random(24, 16, 3, 3, dtype=torch.bfloat16)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        assert linear_op.linear(x, weight, None, None, None, 0.0, "none").dtype == torch.bfloat16
+        assert conv3x3_op.launch(maps, kernel, None, None, 1, "none").dtype == torch.bfloat16
+
+
 def test_operands_may_have_gaps(poisoned, monkeypatch):
     dtype = TYPES[-1]
     x, weight, bias = (

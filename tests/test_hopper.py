@@ -61,6 +61,7 @@ def test_a_linear_layers_plan_leaves_few_processors_without_work():
     assert linear_plan(25088, 3136, 784, 132).n == 176  # 27 rounds of 176 columns; wider tiles need 26 of 192
     assert linear_plan(6272, 4096, 1024, 132).n == 160  # 10 rounds; of 176 columns as many
     assert linear_plan(6272, 1024, 1024, 132).n == 208  # 2 rounds, of narrower tiles 3
+    assert linear_plan(6272, 1024, 1024, 132, bytes_each=1).n == 160  # not the widest tiles, in 8 bits
     assert linear_plan(25088, 1280, 320, 132).n == 160
     assert linear_plan(25088, 2048, 512, 132).n == 176  # few inner columns: not the widest tiles
 
@@ -214,7 +215,7 @@ class TestFault:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
 
     def fault(self):
-        return cuda_op.fault.__wrapped__(0)
+        return cuda_op._fault.__wrapped__(0)
 
     def test_no_bindings(self, monkeypatch):
         monkeypatch.delitem(sys.modules, "mambavision.ops.hopper.build", raising=False)
@@ -246,6 +247,13 @@ class TestFault:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
         assert "Hopper" in self.fault()
         assert not recwarn
+
+    def test_compilers_take_the_answer_and_trace_nothing(self, monkeypatch):
+        pytest.importorskip("cuda.bindings", "12.0")
+        monkeypatch.setattr("mambavision.ops.hopper.build.try_out", lambda _: None)
+        monkeypatch.setattr(cuda_op, "_fault", cuda_op._fault.__wrapped__)
+        compiled = torch.compile(lambda x: x + (cuda_op.fault(0) is None), fullgraph=True, backend="eager")
+        assert compiled(torch.zeros(1)) == 1
 
     def test_amd(self, monkeypatch, recwarn):
         monkeypatch.setattr(torch.version, "cuda", None)
@@ -475,8 +483,9 @@ def test_views_with_gaps_and_unaligned_ones(poisoned):
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize(
     ("channels", "columns", "height", "width"),
-    [(16, 112, 1, 1), (208, 208, 15, 13), (400, 400, 28, 28), (144, 168, 9, 7), (128, 256, 9, 9), (96, 328, 5, 6)],
-)
+    [(16, 112, 1, 1), (208, 208, 15, 13), (400, 400, 28, 28), (144, 168, 9, 7), (128, 256, 9, 9), (96, 328, 5, 6),
+     (96, 96, 19, 21), (32, 80, 9, 9)],
+)  # fmt: skip
 def test_eight_bits(channels, columns, height, width, activation, poisoned):
     x, weight, scale, bias, residual = operands(channels, columns, height, width)
     wide = (x, weight, scale.double(), bias.double())
@@ -498,7 +507,7 @@ def test_eight_bits(channels, columns, height, width, activation, poisoned):
 @on_hopper
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
-@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 8, 112), (300, 72, 136)])
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 8, 112), (300, 72, 136), (700, 88, 104)])
 def test_linear_layers(rows, inner, columns, dtype, activation, poisoned):
     check_linear(rows, inner, columns, dtype, activation)
 
@@ -506,11 +515,14 @@ def test_linear_layers(rows, inner, columns, dtype, activation, poisoned):
 @on_hopper
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "inner", "columns"), [(25088, 784, 3136), (6272, 1568, 6272), (6272, 640, 2560), (25088, 320, 1280)]
-)
-def test_linear_layers_at_the_sizes_of_the_networks(rows, inner, columns, dtype, poisoned):
+    ("rows", "inner", "columns", "activation"),
+    [(25088, 784, 3136, "gelu_tanh"), (6272, 1568, 6272, "gelu_tanh"), (6272, 640, 2560, "gelu_tanh"),
+     (25088, 320, 1280, "gelu_tanh"), (25088, 320, 960, "none"), (25088, 784, 2688, "none"),
+     (6272, 1568, 1568, "none")],
+)  # fmt: skip
+def test_linear_layers_at_the_sizes_of_the_networks(rows, inner, columns, activation, dtype, poisoned):
     """Repeated, since a race would show now and then only."""
-    found = [check_linear(rows, inner, columns, dtype, "gelu_tanh") for _ in range(3)]
+    found = [check_linear(rows, inner, columns, dtype, activation) for _ in range(3)]
     assert linear_op.is_large(rows, columns)
     assert all(torch.equal(found[0], other) for other in found[1:])
 
@@ -538,6 +550,10 @@ def check_linear(rows, inner, columns, dtype, activation):
     check(found, usual, truth, gelu=activation.startswith("gelu"))
     aligned = padded_to_lines(weight, bytes_each=2)[:, :inner]
     assert torch.equal(cuda_op.linear(x, aligned, bias, activation), found)
+    plain = linear(x, weight, activation=activation, backend="reference")
+    check(
+        cuda_op.linear(x, weight, None, activation), plain, linear(*wide(x, weight), activation=activation), gelu=True
+    )
     if linear_op.is_large(rows, columns) and activation in ("none", "gelu_tanh"):
         assert torch.equal(linear_op.linear(x, weight, bias, None, None, 0.0, activation), found)  # by rule
     return found

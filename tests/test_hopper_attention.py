@@ -67,6 +67,7 @@ def test_only_what_it_was_made_for_is_served(monkeypatch):
         Somewhere((64, 209, 960)),
         Somewhere((64, 196, 3 * 8 * 72)),
         Somewhere((64, 196, 3 * 8 * 44)),
+        Somewhere((64, 196, 3 * 8 * 16)),
         Somewhere((2**28, 196, 960)),
     ):
         assert not attention_op.serves(refused, 8)
@@ -116,6 +117,7 @@ def check_attention(qkv, heads, scale):
         (1, 196, 1, 64),  # one head
         (3, 65, 2, 8),  # a query in a second tile
         (5, 128, 3, 24),
+        (150, 144, 5, 40),  # three tiles: the teams alternate between heads
         (2, 207, 4, 40),
         (70, 208, 5, 48),  # more heads than the GPU has processors
         (301, 81, 1, 56),
@@ -145,6 +147,46 @@ def test_scores_far_from_zero_and_views(poisoned):
     for view in (torch.cat([qkv, qkv], 2)[..., 7 : 7 + 3 * 2 * 40], shifted):
         assert torch.equal(attend(view, 2, 0.2), check_attention(view.clone(), 2, 0.2))
     assert attend(qkv[:0], 2, 1.0).shape == (0, 196, 80)
+
+
+def test_scores_have_to_grow_with_the_products():
+    with pytest.raises(ValueError, match="positive"):
+        attend(torch.zeros(2, 70, 72), 1, 0.0)
+
+
+@on_hopper
+def test_a_query_that_is_no_number_is_alone_with_it(poisoned):
+    qkv = random(2, 196, 3 * 2 * 40, dtype=torch.float16)
+    expected = attend(qkv, 2, 0.2)
+    qkv[0, 130, 5], qkv[1, 195, 45] = float("nan"), float("inf")  # of the first head, and of the second
+    found = attend(qkv, 2, 0.2)
+    assert found[0, 130, :40].isnan().all()
+    assert found[1, 195, 40:].isnan().all()
+    expected[0, 130, :40], expected[1, 195, 40:] = 0, 0
+    assert torch.equal(found.nan_to_num(0), expected)
+
+
+@on_hopper
+def test_scores_stay_in_registers(poisoned):
+    from cuda.bindings import driver
+
+    from mambavision.ops.hopper import build
+
+    with launch.precompiling():
+        attend(random(2, 196, 3 * 2 * 56, dtype=torch.bfloat16), 2, 0.2)
+        ((_, defined, device),) = launch._precompiling.asked
+    function = build.kernel("attention", defined, attention_op.shared_bytes(defined), device.index)
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES
+    assert build.checked(driver.cuFuncGetAttribute(attribute, function)) == 0
+
+
+@on_hopper
+def test_a_networks_attention_compiles_in_one_graph():
+    kernels = KernelAttention(Attention(64, num_heads=2).eval()).bfloat16().cuda()
+    qkv = random(MANY_WINDOWS, 196, 3 * 64, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert attention_op.serves(qkv, 2)
+        assert torch.equal(torch.compile(kernels, fullgraph=True)(qkv), kernels(qkv))
 
 
 @on_hopper

@@ -2,6 +2,7 @@
 
 import threading
 from functools import partial
+from time import sleep
 
 import pytest
 import torch
@@ -79,6 +80,25 @@ def test_nothing_is_compiled_for_what_failed():
 def test_a_failed_compilation_is_told(at_once):
     with pytest.raises(ZeroDivisionError), launch.precompiling():
         launch.note("name", lambda: 1 / 0, at_once=at_once)
+
+
+def test_behind_a_failure_nothing_is_compiled_any_more(monkeypatch):
+    monkeypatch.setattr(launch, "WORKERS", 1)
+    done = []
+
+    def fail():
+        sleep(0.2)
+        raise ZeroDivisionError
+
+    def compile_all():
+        with launch.precompiling():
+            launch.note("fails", fail, length=1)
+            for number in range(100):
+                launch.note(number, lambda: (sleep(0.01), done.append(1)))
+
+    with pytest.raises(ZeroDivisionError):
+        compile_all()
+    assert len(done) < 50
 
 
 @pytest.mark.gpu

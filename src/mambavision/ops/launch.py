@@ -53,16 +53,17 @@ def precompiling() -> Iterator[None]:
     with ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
         _precompiling.asked, _precompiling.pool = asked, pool
         try:
-            yield
+            try:
+                yield
+            finally:
+                _precompiling.asked = _precompiling.pool = None
+            # The longest source first: it is the slowest to compile.
+            slowest_first = sorted(asked.values(), key=lambda kernel: kernel.length, reverse=True)
+            for begun in [kernel.begun or pool.submit(kernel.compile) for kernel in slowest_first]:
+                begun.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-        finally:
-            _precompiling.asked = _precompiling.pool = None
-        # The longest source first: it is the slowest to compile.
-        slowest_first = sorted(asked.values(), key=lambda kernel: kernel.length, reverse=True)
-        for begun in [kernel.begun or pool.submit(kernel.compile) for kernel in slowest_first]:
-            begun.result()
 
 
 def is_precompiling() -> bool:

@@ -1,1 +1,1 @@
-"""Products of matrices, gathered from maps or not, by what only GPUs of the Hopper generation can do, in CUDA C++."""
+"""Products of matrices, gathered from maps or not, and attention in windows, by what only Hopper GPUs can do."""

@@ -53,8 +53,6 @@ __device__ __forceinline__ float sum_of_row(float v) {
 
 #define NEVER __int_as_float(0xFF800000)  // the score, minus infinity, of what is no key
 
-#define NEVER __int_as_float(0xFF800000)  // the score, minus infinity, of what is no key
-
 // Of a block of 8 columns a thread has the columns 2 q and 2 q + 1 of two rows 8 apart, of scores as of weights. The
 // highest score of both rows, among blocks of keys from that one on; keys beyond the last have none.
 template <int COUNT>

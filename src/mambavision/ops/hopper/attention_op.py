@@ -16,7 +16,9 @@ from mambavision.ops.hopper.plan import ALIGNMENT, GROUP, LINE, Definitions
 from mambavision.ops.precision import HALVES
 
 LEAST_TOKENS, MOST_TOKENS = 65, 208  # of a window: fewer are less than a tile, more have no room in registers
-WIDEST_HEAD, HEAD_UNIT = 64, 8  # channels of a head at most, and of which it has a multiple
+# Channels of a head, of which it has a multiple of HEAD_UNIT: for narrower ones the compiler has products wait for each
+# other, wider ones are no line.
+NARROWEST_HEAD, WIDEST_HEAD, HEAD_UNIT = 24, 64, 8
 MOST_ITEMS = 2**31 - 2**20  # heads of all windows; they are counted in 32 bits, beyond the last by a round
 STEP = 16  # keys, of which a multiple is multiplied
 STAGES, TEAMS = 2, 2
@@ -31,7 +33,7 @@ def serves(qkv: Tensor, num_heads: int) -> bool:
         and qkv.dtype in HALVES
         and not (torch.is_grad_enabled() and qkv.requires_grad)
         and LEAST_TOKENS <= length <= MOST_TOKENS
-        and width <= WIDEST_HEAD
+        and NARROWEST_HEAD <= width <= WIDEST_HEAD
         and width % HEAD_UNIT == 0
         and windows * num_heads < MOST_ITEMS
         and fault(torch.cuda.current_device() if qkv.device.index is None else qkv.device.index) is None
@@ -61,11 +63,19 @@ def attention_definitions(length: int, heads: int, width: int, dtype: torch.dtyp
     )
 
 
+def shared_bytes(defined: Definitions) -> int:
+    """Shared memory of a block that is asked for at its launch, by the constants of `attention.cu`."""
+    values = dict(defined)
+    return values["STAGES"] * 3 * values["KEYS"] * values["LINE"] + ALIGNMENT
+
+
 @custom_op("mambavision::attention_hopper", mutates_args=())
 def attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
-    """Arguments and result as in `mambavision.ops.window_attention`, in 16 bits; contiguous."""
+    """Arguments and result as in `mambavision.ops.window_attention`, in 16 bits; contiguous. `scale` is positive."""
     from mambavision.ops.hopper import build
 
+    if not scale > 0:
+        raise ValueError(f"scale must be positive for the kernel, which looks for the largest score, got {scale}.")
     windows, length, inner = qkv.shape
     width = inner // (3 * num_heads)
     out = qkv.new_empty((windows, length, inner // 3))
@@ -76,22 +86,20 @@ def attention(qkv: Tensor, num_heads: int, scale: float) -> Tensor:
     if qkv.data_ptr() % BYTES:
         qkv = qkv.clone()
     defined = attention_definitions(length, num_heads, width, qkv.dtype)
-    keys = dict(defined)["KEYS"]
-    shared_bytes = STAGES * 3 * keys * LINE + ALIGNMENT
-    device = qkv.device.index
-    compiled = partial(build.kernel, "attention", defined, shared_bytes, device)
+    shared, device = shared_bytes(defined), qkv.device.index
+    compiled = partial(build.kernel, "attention", defined, shared, device)
     if launch.is_precompiling():
         launch.note(("hopper attention", defined, qkv.device), compiled, at_once=True)
         return out
     stream = torch.cuda.current_stream(qkv.device).cuda_stream
     with build.on(device):
         arguments = [
-            build.heads_map(qkv.data_ptr(), (width, 3 * num_heads, length, windows), keys, qkv.dtype),
+            build.heads_map(qkv.data_ptr(), (width, 3 * num_heads, length, windows), dict(defined)["KEYS"], qkv.dtype),
             ctypes.c_void_p(out.data_ptr()),
             ctypes.c_float(scale * math.log2(math.e)),
             ctypes.c_int(items),
         ]
-        build.start(compiled(), min(processors(device), items), GROUP * TEAMS, shared_bytes, stream, arguments)
+        build.start(compiled(), min(processors(device), items), GROUP * TEAMS, shared, stream, arguments)
     return out
 
 

@@ -22,9 +22,15 @@ BYTES = 16  # where a copy may start, and from pixel to pixel, are multiples of 
 MOST_PIXELS = 2**31 - 2**20  # of a map; they are counted in 32 bits, to the end of the last tile
 
 
-@cache
+# A constant, since a compiler would trace what looks for the fault.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch gives it no types
 def fault(device: int) -> str | None:
-    """Why the kernel cannot run on a GPU, or None. On a GPU that it is made for, a warning says it too."""
+    """Why the kernels cannot run on a GPU, or None. On a GPU that they are made for, a warning says it too."""
+    return _fault(device)
+
+
+@cache
+def _fault(device: int) -> str | None:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
         return "it is not of the Hopper generation"
     try:
@@ -37,7 +43,9 @@ def fault(device: int) -> str | None:
         reason = f"{type(error).__name__}: {error}"
     else:
         return None
-    warnings.warn(f"Products run through other kernels, not through the one made for this GPU: {reason}", stacklevel=2)
+    warnings.warn(
+        f"Products and attention run through other kernels, not through those made for this GPU: {reason}", stacklevel=3
+    )
     return reason
 
 
@@ -185,7 +193,7 @@ def _fill(
     assert result is not None
     pixels = result.numel() // columns
     present = processors(x.device.index)
-    cut = linear_plan(pixels, columns, channels, present) if size == 1 else plan(columns)
+    cut = linear_plan(pixels, columns, channels, present, x.element_size()) if size == 1 else plan(columns)
     defined = definitions(
         cut,
         columns,

@@ -74,7 +74,7 @@ def plan(columns: int) -> Plan:
     return _staged(n, teams, members, parts)
 
 
-def linear_plan(rows: int, columns: int, inner: int, processors: int) -> Plan:
+def linear_plan(rows: int, columns: int, inner: int, processors: int, bytes_each: int = 2) -> Plan:
     """The cut of a linear layer, by the time that its rounds of tiles take.
 
     Args:
@@ -82,10 +82,12 @@ def linear_plan(rows: int, columns: int, inner: int, processors: int) -> Plan:
         columns: of the result.
         inner: columns of the left matrix.
         processors: of the GPU, an even number.
+        bytes_each: of an element.
     """
     if columns <= WIDEST_TURNS:
         return plan(columns)
-    widths = CUTS if inner < FEW_INNER else (*CUTS, WIDEST_TURNS)
+    # Where tiles are rounded to 8 bits at their end, the widest have no registers for it.
+    widths = CUTS if inner < FEW_INNER or bytes_each == 1 else (*CUTS, WIDEST_TURNS)
     cuts = [_staged(n, teams=2, members=1, parts=2) for n in widths]
 
     def cost(cut: Plan) -> int:

@@ -48,11 +48,12 @@ def linear(
         if tile == HOPPER:
             y: Tensor = hopper.linear(x, weight, bias, activation)
             return y
-        if tile == LIBRARY and activation == "none":
-            return F.linear(x, weight, bias)
-        if tile == LIBRARY:  # no public function asks the library for that
-            assert bias is not None
-            return torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True).view(shape)
+        if tile == LIBRARY:
+            with torch.autocast(x.device.type, enabled=False):  # the result has the type of x
+                if activation == "none":
+                    return F.linear(x, weight, bias)
+                assert bias is not None  # no public function asks the library for what follows
+                return torch._addmm_activation(bias, _rows(x), weight.t(), use_gelu=True).view(shape)
         out = torch.empty(shape, dtype=x.dtype, device=x.device)
         launch(x, weight, bias, residual, weight_sum, norm_eps, activation, out, tile, moments=moments)
         return out
