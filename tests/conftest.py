@@ -15,7 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 GOLDEN = Path(__file__).parent / "golden"
 
-pytest.register_assert_rewrite("op_checks")
+pytest.register_assert_rewrite("op_checks", "hopper_checks")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.timeout(600)]
 FILES = (
     "scan_kernels",
     "fused_ops",
-    "hopper",
+    "hopper_product",
     "hopper_attention",
     "float8",
     "training_ops",
@@ -39,7 +39,7 @@ def test_kernels_stay_inside_their_memory(file, sanitizer):
     check(sanitizer, "memcheck", file)
 
 
-@pytest.mark.parametrize("file", ["hopper", "hopper_attention"])
+@pytest.mark.parametrize("file", ["hopper_product", "hopper_attention"])
 def test_kernels_with_barriers_of_their_own_use_them_rightly(file, sanitizer):
     check(sanitizer, "synccheck", file)
 

@@ -110,10 +110,10 @@ class KernelDownsample(nn.Module):
 class KernelTokens(nn.Module):
     """All blocks of a window level, on its windows of tokens.
 
-    Few tokens go block by block through kernels that take norm and residual along. Many go through products of the
-    library's, which add to the residual stream in place, but without biases. These are constant: all of them are added
-    at the start, beside the first norm, and each later norm takes off those that are not due yet. In 8 bits it is the
-    same, but for the MLP's share, which the next norm adds.
+    Few tokens go block by block through kernels that take norm and residual along. Many go through products without
+    norms, and those that end a branch are added to the residual stream in place, but without biases. These are
+    constant: all of them are added at the start, beside the first norm, and each later norm takes off those that are
+    not due yet. In 8 bits it is the same, but for the MLP's share, which the next norm adds.
     """
 
     early: Tensor

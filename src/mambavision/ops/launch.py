@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.library import wrap_triton
 
-WORKERS = 10  # threads that compile; a sixth of it is Python, for which more of them would wait for each other
+WORKERS = 10  # threads that compile; in more the sixth of Triton's compiler that is Python would wait for itself
 
 
 class _Asked(NamedTuple):
@@ -31,6 +31,11 @@ class _Precompiling(threading.local):
 
 
 _precompiling = _Precompiling()
+
+
+def index_of(device: torch.device) -> int:
+    """Number of a GPU; of `cuda` without one that of the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def launcher(kernel: Any) -> Any:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mambavision.ops.launch import is_precompiling
+from mambavision.ops.launch import index_of, is_precompiling
 
 _ROUNDS = 5
 _CALLS = 8  # a round
@@ -65,7 +65,7 @@ def that_fit(tiles: Sequence[Tile], bytes_each: int, device: torch.device) -> li
     """
     if device.type != "cuda":
         return list(tiles)
-    room = _shared_memory(torch.cuda.current_device() if device.index is None else device.index)
+    room = _shared_memory(index_of(device))
     return [tile for tile in tiles if footprint(tile, bytes_each) <= room] or [tiles[-1]]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from mambavision.ops.conv3x3.kernels import conv3x3_kernel, finish_kernel
-from mambavision.ops.hopper import cuda_op as hopper
+from mambavision.ops.hopper import product_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.map_layout import empty_map, laid_out
 from mambavision.ops.tiles import HOPPER, LIBRARY, Tile, choose, common_unit, is_large, small_tiles, that_fit

@@ -35,12 +35,6 @@ __device__ __forceinline__ void load_part(u32 to, const TensorMap& map, u32 barr
       : "memory");
 }
 
-__device__ __forceinline__ float power_of_two(float v) {
-  float power;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
-  return power;
-}
-
 // Over the four threads that have a row's elements.
 __device__ __forceinline__ float largest_of_row(float v) {
   v = fmaxf(v, __shfl_xor_sync(~0u, v, 1));
@@ -108,13 +102,13 @@ extern "C" __global__ void __launch_bounds__(128 * TEAMS, 1) attention(
   extern __shared__ unsigned char memory[];
   __shared__ u64 barriers[STAGES];
   __shared__ int readers[STAGES];  // warps that have read the head that lies there
-  u32 stages = (shared_address(memory) + 1023) & ~1023u, full = shared_address(barriers);
+  u32 stages = stages_in(memory), full = shared_address(barriers);
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + 8 * stage, 1);
       readers[stage] = 0;
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show_barriers();
     for (int stage = 0; stage < STAGES; ++stage) {
       int item = blockIdx.x + stage * gridDim.x;
       if (item < items) load_head(stages + stage * STAGE_BYTES, map, full + 8 * stage, item);
@@ -122,8 +116,7 @@ extern "C" __global__ void __launch_bounds__(128 * TEAMS, 1) attention(
   }
   __syncthreads();
 
-  int team = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler then knows that a warp's threads agree on it
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, q = lane % 4;
+  int team = group_of_thread(), lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, q = lane % 4;
   int turns = ((items - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x) * TILES;
   float scores[FIRST / 2], others[REST / 2];
   barrier_wait(full, 0);

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from mambavision.ops import launch
-from mambavision.ops.hopper.cuda_op import BYTES, fault, processors
+from mambavision.ops.hopper.availability import BYTES, fault, processors
 from mambavision.ops.hopper.plan import ALIGNMENT, GROUP, LINE, Definitions
 from mambavision.ops.precision import HALVES
 
@@ -36,7 +36,7 @@ def serves(qkv: Tensor, num_heads: int) -> bool:
         and NARROWEST_HEAD <= width <= WIDEST_HEAD
         and width % HEAD_UNIT == 0
         and windows * num_heads < MOST_ITEMS
-        and fault(torch.cuda.current_device() if qkv.device.index is None else qkv.device.index) is None
+        and fault(launch.index_of(qkv.device)) is None
     )
 
 

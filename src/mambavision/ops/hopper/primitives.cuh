@@ -11,17 +11,22 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 
 __device__ __forceinline__ u32 shared_address(const void* at) { return (u32)__cvta_generic_to_shared(at); }
 
+// Where stages may begin in a block's memory: the longest swizzle repeats every 1,024 bytes.
+__device__ __forceinline__ u32 stages_in(const void* memory) { return (shared_address(memory) + 1023) & ~1023u; }
+
+// Which 128 threads this one belongs to; said so that the compiler knows that a warp's threads agree on it.
+__device__ __forceinline__ int group_of_thread() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+
 __device__ __forceinline__ void barrier_init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
+// Behind the initialisations, for whoever else uses the barriers.
+__device__ __forceinline__ void show_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
 // The only arrival of a stage that is to be filled with so many bytes.
 __device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
 // Arrive at the barrier of that block of the cluster. With the default scope: a wider one would wait for all of the
@@ -63,6 +68,12 @@ template <int BYTES>
 __device__ __forceinline__ u64 operand(u32 at) {
   constexpr u64 SWIZZLE = BYTES == 128 ? 1 : BYTES == 64 ? 2 : 3;
   return (u64)((at & 0x3FFFF) >> 4) | (1ull << 16) | ((u64)(8 * BYTES / 16) << 32) | (SWIZZLE << 62);
+}
+
+__device__ __forceinline__ float power_of_two(float v) {
+  float power;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(v));
+  return power;
 }
 
 // Two neighbouring elements from and to a word.

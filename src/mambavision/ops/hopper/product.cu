@@ -89,10 +89,8 @@ __device__ __forceinline__ float activated(float v) {
   return half + half * curve;
 #elif ACTIVATION == 2
   // 0.5 (1 + tanh u) is the logistic function of 2 u.
-  float power, share;
-  float u = v * (1.5957691216057308f + 0.07135481282553245f * v * v);
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * u));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.f + power));
+  float share, u = v * (1.5957691216057308f + 0.07135481282553245f * v * v);
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(share) : "f"(1.f + power_of_two(-1.4426950408889634f * u)));
   return v * share;
 #else
   return v;
@@ -244,21 +242,20 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(128
     int pixels, int out_height, int out_width, int items) {
   extern __shared__ unsigned char memory[];
   __shared__ u64 barriers[2 * STAGES];
-  u32 stages = (shared_address(memory) + 1023) & ~1023u;
-  u32 full = shared_address(barriers), empty = full + 8 * STAGES;
+  u32 stages = stages_in(memory), full = shared_address(barriers), empty = full + 8 * STAGES;
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < STAGES; ++stage) {
       barrier_init(full + 8 * stage, 1);
       barrier_init(empty + 8 * stage, 4 * MEMBERS * CLUSTER);  // the warps that read it; weights go to all blocks
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    show_barriers();
   }
   cluster_sync();
   int rank = blockIdx.x % CLUSTER, clusters = gridDim.x / CLUSTER;
   int stage = 0;
   u32 phase = 0;
 
-  int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // the compiler then knows that a warp's threads agree on it
+  int group = group_of_thread();
   if (group == GROUPS) {  // these copy, and leave their registers to the others
     asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
     if (threadIdx.x % 128 == 0) {

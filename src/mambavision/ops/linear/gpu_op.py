@@ -8,7 +8,7 @@ from torch.library import custom_op
 
 from mambavision.ops.activation import activate
 from mambavision.ops.float8 import to_float8
-from mambavision.ops.hopper import cuda_op as hopper
+from mambavision.ops.hopper import product_op as hopper
 from mambavision.ops.precision import FLOAT8
 from mambavision.ops.tiles import HOPPER, LIBRARY, Tile, choose, is_large
 

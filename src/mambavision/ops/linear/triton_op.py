@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 from torch.library import triton_op
 
-from mambavision.ops.hopper import cuda_op as hopper
+from mambavision.ops.hopper import product_op as hopper
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.linear.kernels import linear_kernel
 from mambavision.ops.linear.reference import PART

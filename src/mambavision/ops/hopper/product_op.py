@@ -1,16 +1,16 @@
-"""Products of the kernel for Hopper GPUs as operators that PyTorch knows, and where they serve."""
+"""Products by the kernel for Hopper GPUs as operators that PyTorch knows, and where they serve."""
 
 from __future__ import annotations
 
 import ctypes
-import warnings
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from mambavision.ops import launch
+from mambavision.ops.hopper.availability import BYTES, fault, processors
 from mambavision.ops.hopper.plan import ACTIVATIONS, CLUSTER, LINE, UNIT, definitions, last_line, linear_plan, plan
 from mambavision.ops.map_layout import empty_map, laid_out
 from mambavision.ops.precision import FLOAT8, HALVES
@@ -18,35 +18,7 @@ from mambavision.ops.precision import FLOAT8, HALVES
 # Where the copies take longer than the products: with fewer columns, or where the lines that are copied are so much
 # longer than the channels.
 LEAST_COLUMNS, MOST_COPIED = 80, 1.4
-BYTES = 16  # where a copy may start, and from pixel to pixel, are multiples of so many
 MOST_PIXELS = 2**31 - 2**20  # of a map; they are counted in 32 bits, to the end of the last tile
-
-
-# A constant, since a compiler would trace what looks for the fault.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # PyTorch gives it no types
-def fault(device: int) -> str | None:
-    """Why the kernels cannot run on a GPU, or None. On a GPU that they are made for, a warning says it too."""
-    return _fault(device)
-
-
-@cache
-def _fault(device: int) -> str | None:
-    if torch.version.cuda is None or torch.cuda.get_device_capability(device) != (9, 0):
-        return "it is not of the Hopper generation"
-    try:
-        from mambavision.ops.hopper import build
-
-        build.try_out(device)
-    except ImportError:
-        reason = "cuda-bindings is not installed (pip install cuda-bindings)"
-    except Exception as error:  # whatever it is, the other kernels need nothing of it
-        reason = f"{type(error).__name__}: {error}"
-    else:
-        return None
-    warnings.warn(
-        f"Products and attention run through other kernels, not through those made for this GPU: {reason}", stacklevel=3
-    )
-    return reason
 
 
 def serves(
@@ -64,7 +36,7 @@ def serves(
         and bytes_of_pixel % BYTES == 0
         and (bytes_of_pixel - 1) // LINE * LINE + last_line(bytes_of_pixel) <= MOST_COPIED * bytes_of_pixel
         and x.numel() // channels < MOST_PIXELS
-        and fault(torch.cuda.current_device() if x.device.index is None else x.device.index) is None
+        and fault(launch.index_of(x.device)) is None
     )
 
 
@@ -142,12 +114,6 @@ def linear_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activa
 
 
 linear_float8.register_fake(lambda x, weight, _scale, _bias, _activation: x.new_empty((x.shape[0], weight.shape[0])))
-
-
-@cache
-def processors(device: int) -> int:
-    """Multiprocessors of a GPU."""
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -1,15 +1,12 @@
-"""The kernel for Hopper GPUs: how it is cut, that it compiles anywhere, and on such a GPU its results."""
+"""Products by the kernel for Hopper GPUs: how they are cut, where they go, and on such a GPU their results."""
 
-import ctypes
-import os
-import sys
 import threading
 from functools import partial
-from importlib.resources import files
 
 import pytest
 import torch
 
+from hopper_checks import TYPES, channels_last, check, on_hopper, wide
 from mambavision.ops.activation import activate
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
@@ -24,22 +21,11 @@ require_triton()
 
 from mambavision.ops import launch  # noqa: E402  (Triton is not everywhere)
 from mambavision.ops.conv3x3 import triton_op as conv3x3_op  # noqa: E402
-from mambavision.ops.hopper import cuda_op  # noqa: E402
+from mambavision.ops.hopper import product_op  # noqa: E402
 from mambavision.ops.hopper.plan import ACTIVATIONS, definitions, last_line, linear_plan, plan  # noqa: E402
 from mambavision.ops.linear import gpu_op as linear_gpu_op  # noqa: E402
 from mambavision.ops.linear import triton_op as linear_op  # noqa: E402
 from mambavision.ops.tiles import HOPPER, LIBRARY  # noqa: E402
-
-TYPES = (torch.bfloat16, torch.float16)
-IS_HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-if IS_HOPPER and os.environ.get("MAMBAVISION_REQUIRE_TRITON"):
-    assert cuda_op.fault(0) is None
-IS_HOPPER = IS_HOPPER and cuda_op.fault(0) is None
-
-
-def on_hopper(test):
-    """Mark a test as one for such a GPU."""
-    return pytest.mark.gpu(pytest.mark.skipif(not IS_HOPPER, reason="needs a GPU of the Hopper generation")(test))
 
 
 @pytest.mark.parametrize(
@@ -129,143 +115,11 @@ def test_the_source_compiles(columns, channels, size, stride, bias, activation, 
         build.compiled(text + "\n")
 
 
-def test_its_lines_are_as_long_as_pythons():
-    for name in ("primitives.cuh", "product.cu", "attention.cu"):
-        source = (files("mambavision.ops.hopper") / name).read_text(encoding="utf-8")
-        assert max(map(len, source.splitlines())) <= 120
-
-
-def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
-    from mambavision.ops.hopper import build
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    with pytest.raises(RuntimeError, match='identifier "nonsense" is undefined'):
-        build.compiled("int x = nonsense;")
-    with pytest.raises(RuntimeError, match="NVRTC_ERROR_INVALID_INPUT"):
-        build.checked((build.nvrtc.nvrtcResult.NVRTC_ERROR_INVALID_INPUT,))
-
-
-def test_a_cache_that_takes_nothing_is_no_error(monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
-    from mambavision.ops.hopper import build
-
-    class Full:
-        def get_file(self, _):
-            return None
-
-        def put(self, *_):
-            raise OSError("no space left")
-
-    monkeypatch.setattr(build, "get_cache_manager", lambda _: Full())
-    assert build.compiled('extern "C" __global__ void nothing() {}')[:4] == b"\x7fELF"
-
-
-def test_what_is_handed_to_the_driver_is_aligned_and_arrives(monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
-    from mambavision.ops.hopper import build
-
-    class Driver:
-        def __getattr__(self, name):
-            def encode(map_of, kind, rank, address, sizes, steps, *more):
-                memory = ctypes.addressof(map_of._obj)
-                assert memory % 64 == 0  # as CUDA asks
-                ctypes.memset(memory, rank.value, 128)
-                asked.append((name, address.value, list(sizes), list(steps), *map(list, more[:2]), more[-3].value))
-                return 0
-
-            return encode
-
-    asked = []
-    monkeypatch.setattr(build, "_library", Driver)
-    maps = [
-        build.pixels_map.__wrapped__(4096, (24, 7, 1, 3), (32, 5, 700), 3, 2, 128, 64, torch.bfloat16) for _ in range(9)
-    ]
-    maps.append(build.weight_map.__wrapped__(512, (24, 9, 112), (32, 304), 112, 32, torch.float8_e4m3fn))
-    build.pixels_map.__wrapped__(4096, (24, 300, 1, 1), (32, 32, 32), 1, 1, 128, 128, torch.bfloat16)
-    assert asked[0][:4] == ("cuTensorMapEncodeIm2col", 4096, [24, 7, 1, 3], [64, 48, 1400])
-    assert asked[0][4:6] == ([-1, -1], [-1, -1])  # where the first tap is, and what the last leaves
-    assert asked[-1][4:6] == ([0, 0], [0, 0])
-    assert asked[-2][:4] == ("cuTensorMapEncodeTiled", 512, [24, 9, 112], [32, 304])
-    assert [each[-1] for each in asked[-3:]] == [2, 1, 3]  # the swizzles of 64, 32 and 128 bytes
-
-    def launch_kernel(*arguments):
-        *_, at, extra = arguments
-        addresses = (ctypes.c_void_p * 4).from_address(at)
-        assert bytes((ctypes.c_byte * 128).from_address(addresses[0])) == b"\x04" * 128
-        assert bytes((ctypes.c_byte * 128).from_address(addresses[1])) == b"\x03" * 128
-        assert ctypes.c_void_p.from_address(addresses[2]).value == 2**40
-        assert ctypes.c_int.from_address(addresses[3]).value == 77
-        assert extra == 0
-        return (0,)
-
-    monkeypatch.setattr(build.driver, "cuLaunchKernel", launch_kernel)
-    build.start(None, 1, 384, 1, 0, [maps[0], maps[-1], ctypes.c_void_p(2**40), ctypes.c_int(77)])
-    monkeypatch.setattr(build, "_library", lambda: type("Refusing", (), {"cuTensorMapEncodeTiled": lambda *_: 1}))
-    with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
-        build.weight_map.__wrapped__(512, (24, 9, 112), (32, 304), 112, 128, torch.float16)
-
-
-class TestFault:
-    """On a GPU of the generation, whatever is missing is said, and the kernel is not taken."""
-
-    @pytest.fixture(autouse=True)
-    def hopper(self, monkeypatch):
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-
-    def fault(self):
-        return cuda_op._fault.__wrapped__(0)
-
-    def test_no_bindings(self, monkeypatch):
-        monkeypatch.delitem(sys.modules, "mambavision.ops.hopper.build", raising=False)
-        monkeypatch.delattr("mambavision.ops.hopper.build", raising=False)
-        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-        with pytest.warns(UserWarning, match="through other kernels.*pip install cuda-bindings"):
-            assert "cuda-bindings" in self.fault()
-
-    @pytest.mark.parametrize(
-        "error", [RuntimeError("CUDA answered no"), OSError("no such library"), AttributeError("x")]
-    )
-    def test_something_goes_wrong(self, error, monkeypatch):
-        pytest.importorskip("cuda.bindings", "12.0")
-
-        def fail(_):
-            raise error
-
-        monkeypatch.setattr("mambavision.ops.hopper.build.try_out", fail)
-        with pytest.warns(UserWarning, match=str(error)):
-            assert self.fault() == f"{type(error).__name__}: {error}"
-
-    def test_nothing_does(self, monkeypatch):
-        pytest.importorskip("cuda.bindings", "12.0")
-        monkeypatch.setattr("mambavision.ops.hopper.build.try_out", lambda _: None)
-        assert self.fault() is None
-
-    @pytest.mark.parametrize("capability", [(8, 9), (10, 0), (12, 0)])
-    def test_other_generations_hear_nothing(self, capability, monkeypatch, recwarn):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-        assert "Hopper" in self.fault()
-        assert not recwarn
-
-    def test_compilers_take_the_answer_and_trace_nothing(self, monkeypatch):
-        pytest.importorskip("cuda.bindings", "12.0")
-        monkeypatch.setattr("mambavision.ops.hopper.build.try_out", lambda _: None)
-        monkeypatch.setattr(cuda_op, "_fault", cuda_op._fault.__wrapped__)
-        compiled = torch.compile(lambda x: x + (cuda_op.fault(0) is None), fullgraph=True, backend="eager")
-        assert compiled(torch.zeros(1)) == 1
-
-    def test_amd(self, monkeypatch, recwarn):
-        monkeypatch.setattr(torch.version, "cuda", None)
-        assert "Hopper" in self.fault()
-        assert not recwarn
-
-
 def test_types_that_do_not_fit_are_refused():
     x, weight = torch.zeros(1, 16, 4, 4, dtype=torch.float16), torch.zeros(112, 16, 3, 3, dtype=torch.float16)
     for bias, residual in ((torch.zeros(112), None), (None, torch.zeros(1, 112, 4, 4))):
         with pytest.raises(TypeError, match="must be of the map's type"):
-            cuda_op._fill(None, None, x, weight, None, bias, residual, 1, "none")
+            product_op._fill(None, None, x, weight, None, bias, residual, 1, "none")
     map8, weight8 = x.to(torch.float8_e4m3fn), weight.to(torch.float8_e4m3fn)
     ones, copy = torch.ones(112), torch.zeros(1, 112, 4, 4, dtype=torch.float8_e4m3fn)
     for operands8 in (
@@ -281,39 +135,39 @@ def test_types_that_do_not_fit_are_refused():
         (x.float(), None, x.float(), weight.float(), None, None),
     ):
         with pytest.raises(TypeError, match="must be of the map's type"):
-            cuda_op._fill(*operands8, None, 1, "none")
+            product_op._fill(*operands8, None, 1, "none")
     with pytest.raises(TypeError, match="must be of the map's type"):
-        cuda_op._fill(ones, copy, map8, weight8, ones, ones, torch.zeros(1, 112, 4, 4), 1, "none")
+        product_op._fill(ones, copy, map8, weight8, ones, ones, torch.zeros(1, 112, 4, 4), 1, "none")
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 1, 1), (1, 16, 5, 1), (1, 16, 1, 6), (2, 16, 3, 4)])
 def test_what_the_copy_unit_cannot_read_is_copied(shape):
     x = channels_last(torch.randn(shape).half())
-    assert cuda_op._readable(x) is x
+    assert product_op._readable(x) is x
     shifted = torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(shape[0], *shape[2:], 16).permute(0, 3, 1, 2)
     expanded = torch.randn(1, 1, 1, 16).half().permute(0, 3, 1, 2).expand(shape)
     for other in (shifted.copy_(x), expanded):
-        found = cuda_op._readable(other)
+        found = product_op._readable(other)
         assert torch.equal(found, other)
         assert found.stride(1) == 1
         assert found.data_ptr() % 16 == 0
         assert all(found.stride(dim) % 8 == 0 for dim in (0, 2, 3) if shape[dim] > 1)
         assert found is not other or max(shape[0], *shape[2:]) == 1
     rows = torch.zeros(112 * 9 * 64 + 1, dtype=x.dtype)[1:].view(112, 9 * 64)  # a weight with gaps, shifted
-    found = cuda_op._readable(weight_of_rows(rows, 16))
+    found = product_op._readable(weight_of_rows(rows, 16))
     assert found.stride() == (144, 1, 48, 16)
 
 
 def test_other_devices_are_not_served():
     x = torch.zeros(1, 128, 8, 8, dtype=torch.bfloat16)
-    assert not cuda_op.serves(x, torch.zeros(128, 128, 3, 3, dtype=x.dtype), None, None, None, "none")
+    assert not product_op.serves(x, torch.zeros(128, 128, 3, 3, dtype=x.dtype), None, None, None, "none")
 
 
 def test_a_measured_choice_holds_only_where_the_kernel_serves(monkeypatch):
     """Else a bias of another type, for which the kernel is no candidate, would be read by it."""
     asked = []
     monkeypatch.setattr(conv3x3_op, "is_large", lambda *_: True)
-    monkeypatch.setattr(cuda_op, "serves", lambda x, _, __, bias, *___: bias.dtype == x.dtype)
+    monkeypatch.setattr(product_op, "serves", lambda x, _, __, bias, *___: bias.dtype == x.dtype)
     monkeypatch.setattr(conv3x3_op, "choose", lambda key, tiles, _: (asked.append((key, tiles[0])), tiles[-1])[1])
     x, weight = channels_last(random(1, 16, 5, 5, dtype=torch.float16)), random(16, 16, 3, 3, dtype=torch.float16)
     for dtype in (torch.float16, torch.float32):
@@ -327,7 +181,7 @@ def test_a_measured_choice_of_a_linear_layer_holds_only_where_it_serves(monkeypa
     asked = []
     monkeypatch.setattr(linear_op, "is_large", lambda *_: True)
     monkeypatch.setattr(linear_op, "_on_gpu", lambda _: True)
-    monkeypatch.setattr(cuda_op, "serves", lambda x, _, __, bias, *___: bias is None or bias.dtype == x.dtype)
+    monkeypatch.setattr(product_op, "serves", lambda x, _, __, bias, *___: bias is None or bias.dtype == x.dtype)
     monkeypatch.setattr(linear_op, "choose", lambda key, tiles, _: (asked.append((key, tiles[:2])), tiles[-1])[1])
     x, weight = random(5, 16, dtype=torch.float16), random(16, 16, dtype=torch.float16, scale=0.2)
     for bias in (random(16, dtype=torch.float16), random(16), None):
@@ -349,9 +203,9 @@ def test_eight_bits_go_where_they_are_served(monkeypatch):
     x, weight, scale, bias, residual = operands(16, 16, 5, 5)
     rounded, total = torch.zeros_like(x), torch.zeros_like(residual)
     monkeypatch.setattr(conv3x3_op, "is_large", lambda *_: True)
-    monkeypatch.setattr(cuda_op, "serves", lambda *operands: served.append(operands[2]) or answer)
-    monkeypatch.setattr(cuda_op, "conv3x3_float8", lambda *_: rounded)
-    monkeypatch.setattr(cuda_op, "conv3x3_float8_add", lambda *_: (total, rounded))
+    monkeypatch.setattr(product_op, "serves", lambda *operands: served.append(operands[2]) or answer)
+    monkeypatch.setattr(product_op, "conv3x3_float8", lambda *_: rounded)
+    monkeypatch.setattr(product_op, "conv3x3_float8_add", lambda *_: (total, rounded))
     for answer in (True, False):
         alone = conv3x3_op._float8(x, weight, scale, bias, None, "none")
         both = conv3x3_op._float8(x, weight, scale, bias, residual, "none")
@@ -365,8 +219,8 @@ def test_linear_layers_of_eight_bits_go_where_they_are_served(monkeypatch):
     operands = rows_and_weight(5, 32, 48)
     filled = partial(torch.full, (5, 48))
     monkeypatch.setattr(linear_gpu_op, "is_large", lambda *_: True)
-    monkeypatch.setattr(cuda_op, "serves", lambda *_: answer)
-    monkeypatch.setattr(cuda_op, "linear_float8", lambda *_: filled(1.0, dtype=torch.float8_e4m3fn))
+    monkeypatch.setattr(product_op, "serves", lambda *_: answer)
+    monkeypatch.setattr(product_op, "linear_float8", lambda *_: filled(1.0, dtype=torch.float8_e4m3fn))
     monkeypatch.setattr(linear_gpu_op, "_by_library", lambda *arguments: filled(2.0, dtype=arguments[-1]))
     for answer in (True, False):
         found = [
@@ -378,24 +232,6 @@ def test_linear_layers_of_eight_bits_go_where_they_are_served(monkeypatch):
             )
         ]
         assert found == [1 if answer else 2, 2, 2]
-
-
-def check(actual, usual, truth, gelu=False):
-    """At most twice as far from float64 as PyTorch in the same type; GELU may be 6e-5 off."""
-    assert actual.shape == usual.shape
-    assert actual.dtype == usual.dtype
-    slack = 6e-5 if gelu else 1e-6
-    errors, allowed = (actual.double() - truth).abs(), (usual.double() - truth).abs()
-    assert errors.norm() <= 2 * allowed.norm() + slack * truth.numel() ** 0.5
-    assert errors.max() <= 2 * allowed.max() + slack  # a few wrong ones among millions would not show in the norm
-
-
-def wide(*tensors):
-    return [None if tensor is None else tensor.double() for tensor in tensors]
-
-
-def channels_last(tensor):
-    return tensor.contiguous(memory_format=torch.channels_last)
 
 
 @on_hopper
@@ -426,7 +262,7 @@ def test_convolutions(dtype, activation, batch, channels, columns, height, width
     truth = conv3x3(*wide(x, weight, bias), residual=wide(residual)[0], stride=stride, activation=activation)
     usual = conv3x3(x, weight, bias, residual=residual, stride=stride, activation=activation, backend="reference")
     for laid_out in (weight, weight_of_rows(aligned_rows(weight, bytes_each=2), channels)):
-        found = cuda_op.conv3x3(x, laid_out, bias, residual, stride, activation)
+        found = product_op.conv3x3(x, laid_out, bias, residual, stride, activation)
         assert found.is_contiguous(memory_format=torch.channels_last)
         check(found, usual, truth, gelu=activation.startswith("gelu"))
 
@@ -447,7 +283,7 @@ def test_convolutions_at_the_sizes_of_the_networks(dtype, channels, columns, sid
     usual = conv3x3(x, weight, bias, backend="reference", **arguments)
     truth = conv3x3(*wide(x, weight, bias), **{**arguments, "residual": wide(arguments["residual"])[0]})
     assert conv3x3_op.is_large(usual.numel() // columns, columns)
-    found = [cuda_op.conv3x3(x, weight, bias, arguments["residual"], stride, "gelu_tanh") for _ in range(5)]
+    found = [product_op.conv3x3(x, weight, bias, arguments["residual"], stride, "gelu_tanh") for _ in range(5)]
     check(found[0], usual, truth, gelu=True)
     assert all(torch.equal(found[0], other) for other in found[1:])
     assert torch.equal(
@@ -476,7 +312,7 @@ def test_views_with_gaps_and_unaligned_ones(poisoned):
         truth = conv3x3(*wide(x, weight, bias), residual=more.double())
         usual = conv3x3(x, weight, bias, residual=more, backend="reference")
         for other in (weight, shifted):
-            check(cuda_op.conv3x3(x, other, gapped(bias), more, 1, "none"), usual, truth)
+            check(product_op.conv3x3(x, other, gapped(bias), more, 1, "none"), usual, truth)
 
 
 @on_hopper
@@ -491,12 +327,12 @@ def test_eight_bits(channels, columns, height, width, activation, poisoned):
     wide = (x, weight, scale.double(), bias.double())
     _, expected = conv3x3_float8_reference(*wide, None, activation)
     exact = conv3x3_float8_reference(*wide, torch.zeros_like(residual, dtype=torch.double), activation)[0]
-    found = cuda_op.conv3x3_float8(x, weight, gapped(scale), gapped(bias), activation)
+    found = product_op.conv3x3_float8(x, weight, gapped(scale), gapped(bias), activation)
     assert found.dtype == torch.float8_e4m3fn
     assert difference(found.double(), exact) <= 1.1 * difference(expected.double(), exact)
     for more in (residual, residual.bfloat16()):
         total, expected = conv3x3_float8_reference(*wide, more.double(), activation)
-        found, rounded = cuda_op.conv3x3_float8_add(x, weight, scale, bias, more, activation)
+        found, rounded = product_op.conv3x3_float8_add(x, weight, scale, bias, more, activation)
         assert found.dtype == more.dtype
         assert difference(found.double(), total) < (1e-3 if more.dtype == torch.float16 else 3e-3)
         assert difference(rounded.double(), total) <= 1.1 * difference(expected.double(), total)
@@ -534,7 +370,7 @@ def test_linear_layers_of_eight_bits(rows, inner, columns, activation, poisoned)
     x, weight, scale, _, bias = rows_and_weight(rows, inner, columns)
     exact = activate(x.double() @ (weight.double() * scale.double()[:, None]).t() + bias.double(), activation)
     allowed = 1.1 * difference(to_float8(exact.float(), backend="reference").double(), exact)
-    found = [cuda_op.linear_float8(x, weight, scale, bias, activation) for _ in range(3)]
+    found = [product_op.linear_float8(x, weight, scale, bias, activation) for _ in range(3)]
     assert found[0].dtype == torch.float8_e4m3fn
     assert difference(found[0].double(), exact) <= allowed
     assert all(torch.equal(found[0].view(torch.uint8), other.view(torch.uint8)) for other in found[1:])
@@ -546,13 +382,16 @@ def check_linear(rows, inner, columns, dtype, activation):
     bias = random(columns, dtype=dtype)
     truth = linear(*wide(x, weight, bias), activation=activation)
     usual = linear(x, weight, bias, activation=activation, backend="reference")
-    found = cuda_op.linear(x, weight, bias, activation)
+    found = product_op.linear(x, weight, bias, activation)
     check(found, usual, truth, gelu=activation.startswith("gelu"))
     aligned = padded_to_lines(weight, bytes_each=2)[:, :inner]
-    assert torch.equal(cuda_op.linear(x, aligned, bias, activation), found)
+    assert torch.equal(product_op.linear(x, aligned, bias, activation), found)
     plain = linear(x, weight, activation=activation, backend="reference")
     check(
-        cuda_op.linear(x, weight, None, activation), plain, linear(*wide(x, weight), activation=activation), gelu=True
+        product_op.linear(x, weight, None, activation),
+        plain,
+        linear(*wide(x, weight), activation=activation),
+        gelu=True,
     )
     if linear_op.is_large(rows, columns) and activation in ("none", "gelu_tanh"):
         assert torch.equal(linear_op.linear(x, weight, bias, None, None, 0.0, activation), found)  # by rule
@@ -568,19 +407,19 @@ def test_eight_bits_at_the_sizes_of_the_networks(channels, columns, side, poison
     x, weight, scale, bias, residual = operands(channels, columns, side, side, batch=24)
     exact = conv3x3_float8_reference(x, weight, scale.double(), bias.double(), residual.double(), "none")[0]
     assert conv3x3_op.is_large(residual.numel() // columns, columns)
-    found = [cuda_op.conv3x3_float8_add(x, weight, scale, bias, residual, "none") for _ in range(5)]
+    found = [product_op.conv3x3_float8_add(x, weight, scale, bias, residual, "none") for _ in range(5)]
     assert difference(found[0][0].double(), exact) < 1e-3
     _, rounded = conv3x3_float8_reference(x, weight, scale.double(), bias.double(), None, "gelu_tanh")
     exact = conv3x3_float8_reference(
         x, weight, scale.double(), bias.double(), torch.zeros_like(residual, dtype=torch.double), "gelu_tanh"
     )[0]
-    alone = [cuda_op.conv3x3_float8(x, weight, scale, bias, "gelu_tanh") for _ in range(5)]
+    alone = [product_op.conv3x3_float8(x, weight, scale, bias, "gelu_tanh") for _ in range(5)]
     assert difference(alone[0].double(), exact) <= 1.1 * difference(rounded.double(), exact)
     for other, one in zip(found, alone, strict=True):
         assert torch.equal(other[0], found[0][0])
         assert torch.equal(other[1].view(torch.uint8), found[0][1].view(torch.uint8))
         assert torch.equal(one.view(torch.uint8), alone[0].view(torch.uint8))
-    served = cuda_op.serves(x, weight, scale, bias, residual, "none")
+    served = product_op.serves(x, weight, scale, bias, residual, "none")
     assert served == (channels > 16)  # of pixels shorter than what is copied at once, most would be copied in vain
     if served:
         by_rule = conv3x3_float8(x, weight, scale, bias, residual=residual)
@@ -596,7 +435,7 @@ def test_rows_with_gaps_and_unaligned_ones(poisoned):
     for x in (rows[..., :24], rows[..., 3:27], rows[..., 16:], rows.transpose(1, 2)[:, :, :24], gapped(rows[..., :24])):
         truth, usual = linear(*wide(x, matrix)), linear(x, matrix, backend="reference")
         for weight in (matrix, shifted, matrix.t().contiguous().t()):
-            check(cuda_op.linear(x, weight, None, "none"), usual, truth)
+            check(product_op.linear(x, weight, None, "none"), usual, truth)
 
 
 @on_hopper
@@ -608,7 +447,7 @@ def test_sums_stay_in_registers():
 
     x, weight = channels_last(random(1, 208, 5, 5, dtype=TYPES[0])), random(208, 208, 3, 3, dtype=TYPES[0])
     with launch.precompiling():
-        cuda_op.conv3x3(x, weight, None, None, 1, "gelu_tanh")
+        product_op.conv3x3(x, weight, None, None, 1, "gelu_tanh")
         ((_, defined, _),) = launch._precompiling.asked
     arguments = "product", defined, plan(208).shared_bytes, x.device.index
     function = build.kernel(*arguments)
@@ -622,7 +461,7 @@ def test_nan_and_infinity_come_through():
     x[0, :, 5, 5], x[0, 3, 20, 20] = float("nan"), float("inf")
     weight = torch.ones(112, 64, 3, 3, dtype=torch.bfloat16, device=DEVICE)
     for activation in ACTIVATIONS:
-        y = cuda_op.conv3x3(channels_last(x), weight, None, None, 1, activation)
+        y = product_op.conv3x3(channels_last(x), weight, None, None, 1, activation)
         assert y[0, :, 4:7, 4:7].isnan().all()
         assert (y[0, :, 19:22, 19:22] == float("inf")).all()
         assert y.isfinite().sum() == 112 * (900 - 18)
@@ -632,15 +471,15 @@ def test_nan_and_infinity_come_through():
 def test_it_is_an_operator_that_compiles_and_records():
     dtype = torch.bfloat16
     x, weight = channels_last(random(2, 16, 9, 8, dtype=dtype)), random(112, 16, 3, 3, dtype=dtype, scale=0.1)
-    torch.library.opcheck(cuda_op.conv3x3, (x, weight, None, None, 2, "relu"))
-    torch.library.opcheck(cuda_op.linear, (random(3, 5, 16, dtype=dtype), weight[:, :, 0, 0], None, "gelu_tanh"))
+    torch.library.opcheck(product_op.conv3x3, (x, weight, None, None, 2, "relu"))
+    torch.library.opcheck(product_op.linear, (random(3, 5, 16, dtype=dtype), weight[:, :, 0, 0], None, "gelu_tanh"))
     numbers = operands(32, 112, 8, 8)
     checks = ("test_faketensor",)  # others multiply what they compare, which PyTorch does not in 8 bits
-    torch.library.opcheck(cuda_op.conv3x3_float8, (*numbers[:4], "gelu_tanh"), test_utils=checks)
-    torch.library.opcheck(cuda_op.conv3x3_float8_add, (*numbers, "none"), test_utils=checks)
+    torch.library.opcheck(product_op.conv3x3_float8, (*numbers[:4], "gelu_tanh"), test_utils=checks)
+    torch.library.opcheck(product_op.conv3x3_float8_add, (*numbers, "none"), test_utils=checks)
 
     def function(x):
-        return cuda_op.conv3x3(x, weight, None, None, 1, "gelu_tanh") * 2
+        return product_op.conv3x3(x, weight, None, None, 1, "gelu_tanh") * 2
 
     expected = function(x)
     torch.testing.assert_close(torch.compile(function, fullgraph=True)(x), expected)
@@ -657,20 +496,21 @@ def test_it_is_compiled_beforehand(monkeypatch):
     from mambavision.ops.hopper import build
 
     x, weight = channels_last(random(1, 24, 5, 5, dtype=TYPES[0])), random(176, 24, 3, 3, dtype=TYPES[0])
-    asked = []
+    asked, started = [], []
     monkeypatch.setattr(build, "kernel", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(build, "start", lambda *_: started.append(1))
     with launch.precompiling():
-        cuda_op.conv3x3(x, weight, None, None, 1, "none")
-        cuda_op.conv3x3(x, weight, None, None, 1, "none")
-        assert not asked
+        product_op.conv3x3(x, weight, None, None, 1, "none")
+        product_op.conv3x3(x, weight, None, None, 1, "none")
     assert len(asked) == 1
+    assert not started
 
 
 @on_hopper
 def test_a_thread_that_never_used_the_gpu_compiles_and_launches():
     x, weight = channels_last(random(1, 32, 5, 5, dtype=TYPES[0])), random(184, 32, 3, 3, dtype=TYPES[0])
     results = []
-    thread = threading.Thread(target=lambda: results.append(cuda_op.conv3x3(x, weight, None, None, 1, "none")))
+    thread = threading.Thread(target=lambda: results.append(product_op.conv3x3(x, weight, None, None, 1, "none")))
     thread.start()
     thread.join()
-    assert torch.equal(results[0], cuda_op.conv3x3(x, weight, None, None, 1, "none"))
+    assert torch.equal(results[0], product_op.conv3x3(x, weight, None, None, 1, "none"))
