@@ -62,6 +62,14 @@ def test_compilers_that_are_no_python_begin_at_once():
         end.set()
 
 
+def test_compilers_that_are_no_python_hold_no_others_up(monkeypatch):
+    monkeypatch.setattr(launch, "NATIVE_WORKERS", 1)
+    end = threading.Event()
+    with launch.precompiling():
+        launch.note("native", lambda: end.wait(60) or pytest.fail("the other one was not compiled"), at_once=True)
+        launch.note("triton", end.set)
+
+
 def test_nothing_is_compiled_for_what_failed():
     done = []
 

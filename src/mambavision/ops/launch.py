@@ -15,6 +15,7 @@ import torch
 from torch.library import wrap_triton
 
 WORKERS = 10  # threads that compile; in more the sixth of Triton's compiler that is Python would wait for itself
+NATIVE_WORKERS = 10  # others, for compilers that are no Python, behind which Triton's slowest kernel would be the last
 
 
 class _Asked(NamedTuple):
@@ -24,10 +25,10 @@ class _Asked(NamedTuple):
 
 
 class _Precompiling(threading.local):
-    """What is to be compiled for the thread that asked for it, and by whom; others launch meanwhile."""
+    """What is to be compiled for the thread that asked for it, and by whom at once; others launch meanwhile."""
 
     asked: dict[Hashable, _Asked] | None = None
-    pool: ThreadPoolExecutor | None = None
+    native: ThreadPoolExecutor | None = None
 
 
 _precompiling = _Precompiling()
@@ -55,19 +56,24 @@ def precompiling() -> Iterator[None]:
     tens of them. Most not before the end, as compilers and the network would wait for each other's Python.
     """
     asked: dict[Hashable, _Asked] = {}
-    with ThreadPoolExecutor(max_workers=min(WORKERS, os.cpu_count() or 1)) as pool:
-        _precompiling.asked, _precompiling.pool = asked, pool
+    processors = os.cpu_count() or 1
+    with (
+        ThreadPoolExecutor(max_workers=min(NATIVE_WORKERS, processors)) as native,
+        ThreadPoolExecutor(max_workers=min(WORKERS, processors)) as pool,
+    ):
+        _precompiling.asked, _precompiling.native = asked, native
         try:
             try:
                 yield
             finally:
-                _precompiling.asked = _precompiling.pool = None
+                _precompiling.asked = _precompiling.native = None
             # The longest source first: it is the slowest to compile.
             slowest_first = sorted(asked.values(), key=lambda kernel: kernel.length, reverse=True)
             for begun in [kernel.begun or pool.submit(kernel.compile) for kernel in slowest_first]:
                 begun.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)
+            for each in (native, pool):
+                each.shutdown(cancel_futures=True)
             raise
 
 
@@ -85,11 +91,11 @@ def note(key: Hashable, compile: Callable[[], object], *, length: int = 0, at_on
         length: of its source, by which the slow ones come first; without it, among the last.
         at_once: whether to begin before the end: for a compiler that is no Python.
     """
-    asked, pool = _precompiling.asked, _precompiling.pool
+    asked, native = _precompiling.asked, _precompiling.native
     assert asked is not None
-    assert pool is not None
+    assert native is not None
     if key not in asked:
-        asked[key] = _Asked(compile, length, pool.submit(compile) if at_once else None)
+        asked[key] = _Asked(compile, length, native.submit(compile) if at_once else None)
 
 
 def dense(tensor: torch.Tensor | None) -> torch.Tensor | None:
