@@ -274,6 +274,15 @@ def test_under_autocast_the_result_has_its_type(dtype, calls, monkeypatch):
     assert token_block._add_and_norm(x, None, norm)[1].dtype == calls[0][-1] == torch.float16
 
 
+def test_under_autocast_float64_stays_as_pytorch_leaves_it(calls, monkeypatch):
+    norm = nn.LayerNorm(24).to(DEVICE).double()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", {"cuda": torch.float16}.get)
+    monkeypatch.setattr(token_block, "add_layer_norm", add_layer_norm)
+    x = random(5, 24, dtype=torch.float64)
+    torch.testing.assert_close(token_block._add_and_norm(x, None, norm), (x, norm(x)))
+
+
 def test_on_a_cpu_a_block_calls_its_modules(monkeypatch):
     monkeypatch.setattr(token_block, "add_layer_norm", None)
     block_of(24, "cpu")(torch.randn(2, 9, 24)).sum().backward()

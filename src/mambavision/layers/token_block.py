@@ -14,6 +14,7 @@ from mambavision.layers.drop_path import DropPath, takes_factors
 from mambavision.layers.plain import are_plain, has_hooks, is_fused
 from mambavision.ops import add_layer_norm, linear_gelu
 from mambavision.ops.add_layer_norm import scaled_branch
+from mambavision.ops.precision import autocast_type
 
 
 class Mlp(nn.Module):
@@ -113,8 +114,7 @@ def _add_and_norm(x: Tensor, branch: Branch | None, norm: nn.LayerNorm) -> tuple
     if not (is_fused(x) and are_plain(norm)) or norm.weight is None or norm.bias is None:
         x = x if branch is None else x + scaled_branch(*branch)
         return x, norm(x)
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     values, shift, gamma, scale = (None, None, None, None) if branch is None else branch
     return add_layer_norm(
-        x, values, norm.weight, norm.bias, shift=shift, gamma=gamma, scale=scale, eps=norm.eps, dtype=dtype
+        x, values, norm.weight, norm.bias, shift=shift, gamma=gamma, scale=scale, eps=norm.eps, dtype=autocast_type(x)
     )

@@ -31,12 +31,12 @@ def serves(qkv: Tensor, num_heads: int) -> bool:
     return (
         qkv.is_cuda
         and qkv.dtype in HALVES
+        and fault(launch.index_of(qkv.device)) is None  # before what a compiler would guard elsewhere too
         and not (torch.is_grad_enabled() and qkv.requires_grad)
         and LEAST_TOKENS <= length <= MOST_TOKENS
         and NARROWEST_HEAD <= width <= WIDEST_HEAD
         and width % HEAD_UNIT == 0
         and windows * num_heads < MOST_ITEMS
-        and fault(launch.index_of(qkv.device)) is None
     )
 
 

@@ -30,13 +30,13 @@ def serves(
     return (
         x.is_cuda
         and _types_fit(x, weight, scale, bias, residual)
+        and fault(launch.index_of(x.device)) is None  # before what a compiler would guard elsewhere too
         and activation in ACTIVATIONS
         and columns >= LEAST_COLUMNS
         and columns % UNIT == 0
         and bytes_of_pixel % BYTES == 0
         and (bytes_of_pixel - 1) // LINE * LINE + last_line(bytes_of_pixel) <= MOST_COPIED * bytes_of_pixel
         and x.numel() // channels < MOST_PIXELS
-        and fault(launch.index_of(x.device)) is None
     )
 
 

@@ -157,7 +157,7 @@ def attend_backward_kernel(
         for start in range(0, length, STEP):
             k = _rows(q_at + INNER, start, 3 * INNER, length, STEP, WIDTH, D)
             v = _rows(q_at + 2 * INNER, start, 3 * INNER, length, STEP, WIDTH, D)
-            # Past the end the keys are zeros, but an infinite weight times zero would be none.
+            # Past the end the keys are zeros, but an infinite weight times zero is NaN.
             real = start + tl.arange(0, STEP) < length
             weights = tl.where(real[None, :], tl.exp2(tl.dot(q, tl.trans(k)) * RATE - log[:, None]), 0.0)
             grad_scores = weights * (tl.dot(g, tl.trans(v)) - mean[:, None])
