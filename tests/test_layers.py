@@ -143,6 +143,14 @@ def test_what_is_plain():
     assert not are_plain(mlp.fc1)
 
 
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.SiLU(), nn.GELU("tanh")], ids=str)
+def test_an_mlp_takes_another_activation(act):
+    mlp = Mlp(8, 16)
+    mlp.act = act
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(mlp(x), mlp.fc2(act(mlp.fc1(x))))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("channels", [1, 3, 8])
 @pytest.mark.parametrize("autocast", [False, True])

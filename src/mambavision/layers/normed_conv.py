@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mambavision.layers.plain import are_plain, is_fused
 from mambavision.ops.batch_norm import batch_norm, refuse_batch_norm_kernels
+from mambavision.ops.conv3x3 import conv3x3_for_training
 from mambavision.ops.tracing import is_exporting
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def normed_conv(
         return _followed(norm(conv(x)), act, gamma, scale, residual)
     # The norm takes off what is constant, so the bias is spared two passes over the map.
     spared = are_plain(conv) and conv.bias is not None and conv.padding_mode == "zeros"
-    y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups) if spared else conv(x)
+    y = _without_bias(conv, x) if spared else conv(x)
     bias = cast("Tensor", conv.bias) if spared else None
     activation = None if act is None else _named(act)
     fits = (act is None or activation) and y.numel() > y.shape[1]
@@ -52,6 +53,14 @@ def normed_conv(
         return _in_one_op(norm, y, bias, activation or "none", gamma, scale, residual)
     y = norm(y) if bias is None else _normed_without(bias, norm, y)
     return _followed(y, act, gamma, scale, residual)
+
+
+def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution alone; by the op where it is one that has it, and is differentiated."""
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and is_fused(x) and torch.is_grad_enabled():
+        return conv3x3_for_training(x, conv.weight)
+    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def _norms_by_batch(norm: nn.BatchNorm2d) -> bool:

@@ -31,7 +31,7 @@ class Mlp(nn.Module):
 
     def inner(self, x: Tensor) -> Tensor:
         """What the last layer, `fc2`, takes, (..., hidden)."""
-        exact = are_plain(self.fc1, self.act) and self.act.approximate == "none"
+        exact = isinstance(self.act, nn.GELU) and self.act.approximate == "none" and are_plain(self.fc1, self.act)
         if x.is_cuda and exact and self.fc1.bias is not None:
             return linear_gelu(x, self.fc1.weight, self.fc1.bias)
         return self.act(self.fc1(x))

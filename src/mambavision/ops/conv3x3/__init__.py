@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from mambavision.ops.activation import Activation, check_activation
 from mambavision.ops.backend import Backend, check_shapes, refuse_inference_kernels, select, situation_of
 from mambavision.ops.conv3x3.reference import conv3x3_reference
+from mambavision.ops.hopper import conv3x3_op as hopper
 from mambavision.ops.map_layout import padded_to_lines
+from mambavision.ops.precision import autocast_type
 
 
 def _triton(
@@ -23,6 +26,23 @@ BACKENDS = (
     Backend("triton", _triton, "GPU kernel", refuse_inference_kernels),
     Backend("reference", conv3x3_reference, "plain PyTorch, runs and exports everywhere", lambda _: None),
 )
+
+
+def conv3x3_for_training(x: Tensor, weight: Tensor) -> Tensor:
+    """Convolution with padding 1, differentiable; in autocast's type by a kernel where that is faster than PyTorch's.
+
+    Args:
+        x: map, (batch, channels, H, W).
+        weight: (columns, channels, 3, 3).
+
+    Returns:
+        (batch, columns, H, W), in the type of autocast or of x.
+    """
+    dtype = autocast_type(x, weight)
+    if dtype and hopper.serves(x, weight, dtype):
+        y: Tensor = hopper.conv3x3(x.to(dtype), weight.to(dtype))
+        return y
+    return F.conv2d(x, weight, padding=1)
 
 
 def aligned_rows(weight: Tensor, *, bytes_each: int) -> Tensor:
@@ -78,4 +98,4 @@ def conv3x3(
     return choice.backend.function(x, weight, bias, residual, stride, activation)
 
 
-__all__ = ["BACKENDS", "aligned_rows", "conv3x3", "weight_of_rows"]
+__all__ = ["BACKENDS", "aligned_rows", "conv3x3", "conv3x3_for_training", "weight_of_rows"]

@@ -26,17 +26,24 @@ def serves(
 ) -> bool:
     """Whether the product of a map or rows, on whatever device, should be computed here, if it is a large one."""
     columns, channels = weight.shape[:2]
-    bytes_of_pixel = channels * x.element_size()
     return (
         x.is_cuda
         and _types_fit(x, weight, scale, bias, residual)
         and fault(launch.index_of(x.device)) is None  # before what a compiler would guard elsewhere too
         and activation in ACTIVATIONS
-        and columns >= LEAST_COLUMNS
+        and fits(channels, columns, x.numel() // channels, x.element_size())
+    )
+
+
+def fits(channels: int, columns: int, pixels: int, bytes_each: int = 2) -> bool:
+    """Whether the kernel takes, and is fast for, a product of pixels or rows of so many channels to so many columns."""
+    bytes_of_pixel = channels * bytes_each
+    return (
+        columns >= LEAST_COLUMNS
         and columns % UNIT == 0
         and bytes_of_pixel % BYTES == 0
         and (bytes_of_pixel - 1) // LINE * LINE + last_line(bytes_of_pixel) <= MOST_COPIED * bytes_of_pixel
-        and x.numel() // channels < MOST_PIXELS
+        and pixels < MOST_PIXELS
     )
 
 
@@ -66,10 +73,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> T
     """act(x weight^T + bias), contiguous; arguments as in `mambavision.ops.linear`."""
     columns, inner = weight.shape
     out = x.new_empty((*x.shape[:-1], columns))
-    rows = x.reshape(-1, inner)  # as a map of one row, and its result likewise
-    as_map = rows.view(1, 1, len(rows), inner).permute(0, 3, 1, 2)
-    result = out.view(1, 1, len(rows), columns).permute(0, 3, 1, 2)
-    _fill(result, None, as_map, weight[:, :, None, None], None, bias, None, 1, activation)
+    rows = x.reshape(-1, inner)
+    _fill(_as_map(out.view(-1, columns)), None, _as_map(rows), _as_taps(weight), None, bias, None, 1, activation)
     return out
 
 
@@ -105,15 +110,22 @@ def _(x: Tensor, weight: Tensor, _scale: Tensor, _bias: Tensor, residual: Tensor
 @custom_op("mambavision::linear_hopper_float8", mutates_args=())
 def linear_float8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
     """Like `linear`, of 8-bit numbers (rows, inner) and to such."""
-    (rows, inner), columns = x.shape, weight.shape[0]
-    copy = x.new_empty((rows, columns))
-    as_map = x.view(1, 1, rows, inner).permute(0, 3, 1, 2)
-    result = copy.view(1, 1, rows, columns).permute(0, 3, 1, 2)
-    _fill(None, result, as_map, weight[:, :, None, None], scale, bias, None, 1, activation)
+    copy = x.new_empty((len(x), len(weight)))
+    _fill(None, _as_map(copy), _as_map(x), _as_taps(weight), scale, bias, None, 1, activation)
     return copy
 
 
 linear_float8.register_fake(lambda x, weight, _scale, _bias, _activation: x.new_empty((x.shape[0], weight.shape[0])))
+
+
+def _as_map(rows: Tensor) -> Tensor:
+    """Rows (rows, channels) as a channels-last map of one row of pixels."""
+    return rows.view(1, 1, *rows.shape).permute(0, 3, 1, 2)
+
+
+def _as_taps(weight: Tensor) -> Tensor:
+    """A linear layer's weight as that of a convolution with a single tap."""
+    return weight[:, :, None, None]
 
 
 def _readable(tensor: Tensor) -> Tensor:
