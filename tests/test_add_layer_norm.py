@@ -80,7 +80,7 @@ def test_a_program_walks_over_many_rows(rows, channels, poisoned, monkeypatch):
 
 def test_the_parts_of_many_programs_are_summed(poisoned, monkeypatch):
     monkeypatch.setattr("mambavision.ops.column_sums.BLOCK_M", 4)
-    monkeypatch.setattr(triton_op, "BLOCK_BYTES", 256)
+    monkeypatch.setattr(triton_op, "BACKWARD_BYTES", {4: 256})
     check(own, plain, inputs((19, 40), torch.float32), random(19, 40))
 
 

@@ -20,9 +20,12 @@ from mambavision.ops.column_sums import column_sums
 from mambavision.ops.launch import dense, launcher
 from mambavision.ops.tiles import common_unit
 
-BLOCK_BYTES = 4096  # of the stream that a program has at once: the backward has room for its sums beside them
+BLOCK_BYTES = 4096  # of the stream that a program has at once
+WARPS = 4
+# The backward's, with room for its sums beside the block: by the bytes of an element of the stream, how many it has at
+# once; its warps, of which a row takes few, since all of them wait for its sums; steps whose loads are under way.
+BACKWARD_BYTES, BACKWARD_WARPS, STAGES = {2: 4096, 4: 2048}, 2, 3
 PROGRAMS = 528  # of the backward: four for each multiprocessor of a large GPU, and few sums
-STAGES = {2: 3, 4: 4}  # by the bytes of the stream's elements: steps of the backward whose loads are under way at once
 
 
 @triton_op("mambavision::affine_layer_norm", mutates_args=())
@@ -79,7 +82,8 @@ def add_layer_norm_backward(
     grad_branch = torch.empty(total.shape if apart else (0,), dtype=branch_type, device=device)
     if rows == 0:
         return grad_x, grad_branch, torch.zeros((kinds, channels), dtype=torch.float32, device=device)
-    block, settings = _settings(total, grad_total is not None, has_shift, gamma, scale)
+    cut = BACKWARD_BYTES[total.element_size()], BACKWARD_WARPS
+    block, settings = _settings(total, cut, grad_total is not None, has_shift, gamma, scale)
     steps = triton.cdiv(rows, block * PROGRAMS)
     programs = triton.cdiv(rows, block * steps)
     parts = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
@@ -87,7 +91,7 @@ def add_layer_norm_backward(
         dense(grad_total), grad_y.contiguous(), total, dense(branch), dense(gamma), dense(scale),
         weight.contiguous(), mean, rate, grad_x, grad_branch, parts,
         rows, rows // total.shape[0], channels // settings["UNIT"], steps,
-        STAGES=STAGES[total.element_size()], **settings,
+        STAGES=STAGES, **settings,
     )  # fmt: skip
     return grad_x, grad_branch, column_sums(parts)
 
@@ -110,7 +114,8 @@ def _forward(
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rate = (torch.empty((rows,), dtype=torch.float32, device=x.device) for _ in range(2))
     if rows:
-        block, settings = _settings(x, branch is not None, shift is not None, gamma, scale)
+        cut = BLOCK_BYTES, WARPS
+        block, settings = _settings(x, cut, branch is not None, shift is not None, gamma, scale)
         launcher(add_layer_norm_kernel)[(triton.cdiv(rows, block),)](
             x.contiguous(), dense(branch), dense(shift), dense(gamma), dense(scale), weight.contiguous(),
             bias.contiguous(), total, out, mean, rate,
@@ -120,12 +125,18 @@ def _forward(
 
 
 def _settings(
-    stream: Tensor, has_branch: bool, has_shift: bool, gamma: Tensor | None, scale: Tensor | None
+    stream: Tensor,
+    cut: tuple[int, int],
+    has_branch: bool,
+    has_shift: bool,
+    gamma: Tensor | None,
+    scale: Tensor | None,
 ) -> tuple[int, dict[str, Any]]:
-    """The rows of a block, and what both passes over the maps are compiled for."""
+    """The rows of a block, and what both passes over the maps are compiled for; `cut`: bytes of a block, warps."""
     channels = int(stream.shape[-1])  # what follows would be long to trace for a symbol
     columns = triton.next_power_of_2(channels)
-    block = max(1, BLOCK_BYTES // (columns * stream.element_size()))
+    block_bytes, warps = cut
+    block = max(1, block_bytes // (columns * stream.element_size()))
     return block, {
         "UNIT": common_unit(channels),
         "BLOCK_M": block,
@@ -134,7 +145,7 @@ def _settings(
         "HAS_SHIFT": has_shift,
         "HAS_GAMMA": gamma is not None,
         "HAS_SCALE": scale is not None,
-        "num_warps": max(4, columns // 512),
+        "num_warps": max(warps, columns // 512),
     }
 
 
