@@ -8,7 +8,6 @@ from torch import Tensor
 from mambavision.ops.activation import Activation, check_activation
 from mambavision.ops.backend import Backend, check_shapes, refuse_inference_kernels, select, situation_of
 from mambavision.ops.conv3x3.reference import conv3x3_reference
-from mambavision.ops.hopper import conv3x3_op as hopper
 from mambavision.ops.map_layout import padded_to_lines
 from mambavision.ops.precision import autocast_type
 
@@ -39,9 +38,12 @@ def conv3x3_for_training(x: Tensor, weight: Tensor) -> Tensor:
         (batch, columns, H, W), in the type of autocast or of x.
     """
     dtype = autocast_type(x, weight)
-    if dtype and hopper.serves(x, weight, dtype):
-        y: Tensor = hopper.conv3x3(x.to(dtype), weight.to(dtype))
-        return y
+    if dtype and x.is_cuda:
+        from mambavision.ops.hopper import conv3x3_op as hopper
+
+        if hopper.serves(x, weight, dtype):
+            y: Tensor = hopper.conv3x3(x.to(dtype), weight.to(dtype))
+            return y
     return F.conv2d(x, weight, padding=1)
 
 
