@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from op_checks import DEVICE
+from op_checks import DEVICE, fail_if_required
 
 TYPES = (torch.bfloat16, torch.float16)
 
@@ -21,6 +21,18 @@ def _runs():
 
 
 IS_HOPPER = _runs()
+
+
+def require_bindings():
+    """Skip the module, or the test, where what compiles CUDA C++ has no interface for Python.
+
+    With MAMBAVISION_REQUIRE_TRITON in the environment that is a failure.
+    """
+    try:
+        pytest.importorskip("cuda.bindings", "12.0")
+    except pytest.skip.Exception as skipped:
+        fail_if_required(skipped)
+        raise
 
 
 def on_hopper(test):

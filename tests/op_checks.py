@@ -20,9 +20,14 @@ def require_triton():
         if DEVICE == "cpu" and torch.__version__ < "2.13":  # compared as versions
             pytest.skip("PyTorch older than 2.13 launches no interpreted kernels", allow_module_level=True)
     except pytest.skip.Exception as skipped:
-        if os.environ.get("MAMBAVISION_REQUIRE_TRITON"):
-            pytest.fail(f"MAMBAVISION_REQUIRE_TRITON is set, and {skipped}", pytrace=False)
+        fail_if_required(skipped)
         raise
+
+
+def fail_if_required(skipped):
+    """Fail, and do not skip, where kernels have to be tested."""
+    if os.environ.get("MAMBAVISION_REQUIRE_TRITON"):
+        pytest.fail(f"MAMBAVISION_REQUIRE_TRITON is set, and {skipped}", pytrace=False)
 
 
 def random(*shape, dtype=torch.float32, scale=1.0):

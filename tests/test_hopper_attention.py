@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from hopper_checks import TYPES, check, on_hopper
+from hopper_checks import TYPES, check, on_hopper, require_bindings
 from mambavision.inference.gpu import MANY_WINDOWS, KernelAttention
 from mambavision.layers.attention import Attention
 from mambavision.ops.window_attention import window_attention
@@ -21,7 +21,7 @@ from mambavision.ops.hopper import attention_op  # noqa: E402
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize(("length", "heads", "width"), [(196, 8, 40), (196, 16, 56), (65, 2, 8), (208, 1, 64)])
 def test_the_source_compiles(length, heads, width, dtype, tmp_path, monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
+    require_bindings()
     from mambavision.ops.hopper import build
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -30,7 +30,7 @@ def test_the_source_compiles(length, heads, width, dtype, tmp_path, monkeypatch)
 
 
 def test_a_window_is_read_head_by_head_with_zeros_behind_it(monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
+    require_bindings()
     from mambavision.ops.hopper import build
 
     asked = []

@@ -7,6 +7,8 @@ from importlib.resources import files
 import pytest
 import torch
 
+from hopper_checks import require_bindings
+
 pytest.importorskip("triton", "3.3")  # whose cache the kernels are kept in
 from mambavision.ops.hopper import availability  # noqa: E402
 
@@ -18,7 +20,7 @@ def test_its_lines_are_as_long_as_pythons():
 
 
 def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
+    require_bindings()
     from mambavision.ops.hopper import build
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -29,7 +31,7 @@ def test_the_compilers_complaint_is_shown(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_takes_nothing_is_no_error(monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
+    require_bindings()
     from mambavision.ops.hopper import build
 
     class Full:
@@ -44,7 +46,7 @@ def test_a_cache_that_takes_nothing_is_no_error(monkeypatch):
 
 
 def test_what_is_handed_to_the_driver_is_aligned_and_arrives(monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
+    require_bindings()
     from mambavision.ops.hopper import build
 
     class Driver:
@@ -110,7 +112,7 @@ class TestFault:
         "error", [RuntimeError("CUDA answered no"), OSError("no such library"), AttributeError("x")]
     )
     def test_something_goes_wrong(self, error, monkeypatch):
-        pytest.importorskip("cuda.bindings", "12.0")
+        require_bindings()
 
         def fail(_):
             raise error
@@ -120,7 +122,7 @@ class TestFault:
             assert self.fault() == f"{type(error).__name__}: {error}"
 
     def test_nothing_does(self, monkeypatch):
-        pytest.importorskip("cuda.bindings", "12.0")
+        require_bindings()
         monkeypatch.setattr("mambavision.ops.hopper.build.try_out", lambda _: None)
         assert self.fault() is None
 
@@ -131,7 +133,7 @@ class TestFault:
         assert not recwarn
 
     def test_compilers_take_the_answer_and_trace_nothing(self, monkeypatch):
-        pytest.importorskip("cuda.bindings", "12.0")
+        require_bindings()
         monkeypatch.setattr("mambavision.ops.hopper.build.try_out", lambda _: None)
         monkeypatch.setattr(availability, "_fault", availability._fault.__wrapped__)
         compiled = torch.compile(lambda x: x + (availability.fault(0) is None), fullgraph=True, backend="eager")

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hopper_checks import check, wide
+from hopper_checks import check, require_bindings, wide
 from mambavision.ops.activation import activate
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8_reference
@@ -21,7 +21,7 @@ from test_float8 import operands, rows_and_weight
 from test_optimize import difference
 
 require_triton()
-pytest.importorskip("cuda.bindings", "12.0")
+require_bindings()
 
 from hopper_emulator import compiler, emulate  # noqa: E402  (it needs what was asked for)
 from mambavision.ops.hopper import attention_op, build, conv3x3_op, product_op  # noqa: E402

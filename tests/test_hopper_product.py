@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from hopper_checks import TYPES, channels_last, check, on_hopper, wide
+from hopper_checks import TYPES, channels_last, check, on_hopper, require_bindings, wide
 from mambavision.ops.activation import activate
 from mambavision.ops.conv3x3 import aligned_rows, conv3x3, weight_of_rows
 from mambavision.ops.conv3x3.float8 import conv3x3_float8, conv3x3_float8_reference
@@ -87,7 +87,7 @@ def test_the_last_line_of_a_tap_is_as_short_as_can_be(channels, bytes_each, line
     ids=str,
 )
 def test_the_source_compiles(columns, channels, size, stride, bias, activation, residual, dtype, tmp_path, monkeypatch):
-    pytest.importorskip("cuda.bindings", "12.0")
+    require_bindings()
     from mambavision.ops.hopper import build
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

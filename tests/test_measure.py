@@ -83,6 +83,11 @@ def test_more_pictures_than_a_host_holds_are_one_sentence(capsys, command, pictu
     )
 
 
+def test_one_picture_too_large_to_profile_is_to_be_smaller(capsys):
+    assert main(["profile", TINY, "--device=cpu", "--img-size=1000000"]) == 1
+    assert "does not fit on cpu; give a smaller --img-size" in capsys.readouterr().err
+
+
 def test_what_fails_does_not_take_the_rest_along(capsys, monkeypatch):
     def broken(model, **_):
         def run(pictures):
@@ -93,7 +98,9 @@ def test_what_fails_does_not_take_the_rest_along(capsys, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     assert main(["benchmark", TINY, "--way", "eager", "compile", *QUICK, "--format=json"]) == 1
     captured = capsys.readouterr()
-    assert [row["way"] for row in json.loads(captured.out)["rows"]] == ["eager"]
+    report = json.loads(captured.out)
+    assert [row["way"] for row in report["rows"]] == ["eager"]
+    assert len(report["not_measured"]) == 1
     assert f"{TINY}, compile, float32, batch 1 could not be measured: RuntimeError: no compiler\n" in captured.err
 
 
@@ -218,17 +225,41 @@ def test_the_search_ends_where_doubling_brings_little_or_memory_ends(monkeypatch
         return fake
 
     nothing = subject(lambda _: None)
-    for by_batch, best in (
-        ({"b1": 10, "b2": 19, "b4": 30, "b8": 30.5, "b16": 30.2, "b32": 99}, 8),
-        ({"b1": 313, "b2": 186, "b4": 573, "b8": 891, "b16": 700, "b32": 800, "b64": 9000}, 8),  # a dip is no end
-        ({"b1": 10, "b2": 19, "b4": 12}, 2),
-        ({"b1": 10, "b2": 19}, 2),
+    little, full = "larger batches bring less than 3%", "{} pictures at once do not fit on cpu"
+    growing = {f"b{2**power}": 2.0**power for power in range(13)}
+    for by_batch, best, last, end in (
+        ({"b1": 10, "b2": 19, "b4": 30, "b8": 30.5, "b16": 30.2, "b32": 99}, 8, 16, little),
+        # a dip is no end
+        ({"b1": 313, "b2": 186, "b4": 573, "b8": 891, "b16": 700, "b32": 800, "b64": 9000}, 8, 32, little),
+        ({"b1": 10, "b2": 19, "b4": 12}, 2, 4, full.format(8)),
+        ({"b1": 10, "b2": 19}, 2, 2, full.format(4)),
+        (growing, 4096, 4096, "no larger batch than 4096 is tried"),
     ):
         monkeypatch.setattr(timing, "measure", speeds(**by_batch))
-        assert search_batch_size(nothing).batch_size == best
+        search = search_batch_size(nothing)
+        assert search.best.batch_size == best
+        assert search.measured[-1].batch_size == last
+        assert len(search.measured) == last.bit_length()
+        assert search.end == f"Most images/s with {best} at once; {end}."
     monkeypatch.setattr(timing, "measure", speeds())
     with pytest.raises(OutOfMemoryError):
         search_batch_size(nothing)
+
+
+def test_a_search_keeps_every_size_and_says_why_it_ended(capsys, monkeypatch):
+    real = Subject.pictures
+
+    def pictures(self, batch_size):
+        if batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch_size)
+
+    monkeypatch.setattr(Subject, "pictures", pictures)
+    assert main(["benchmark", TINY, "--batch-size=auto", "--img-size=32", "--format=json", *QUICK]) == 0
+    captured = capsys.readouterr()
+    assert [row["batch_size"] for row in json.loads(captured.out)["rows"]] == [1, 2]
+    assert "batch auto: Most images/s with" in captured.err
+    assert "4 pictures at once do not fit on cpu." in " ".join(captured.err.split())
 
 
 @pytest.mark.parametrize("way", ["eager", "fused"])
@@ -264,6 +295,8 @@ def test_results_in_every_form(form, capsys):
         ]
         assert report["rows"][0]["img_size"] == [32, 32]
         assert report["torch"] == torch.__version__
+        assert report["command"].startswith(f"mambavision benchmark {TINY} --batch-size 1 2 ")
+        assert report["not_measured"] == []
     elif form == "csv":
         rows = list(csv.DictReader(io.StringIO(captured.out)))
         assert len(rows) == 4
@@ -405,6 +438,7 @@ def test_profile_prints_parts_and_operations(form, capsys):
         report = json.loads(text)
         assert len(report["operations"]) == 4
         assert report["shape"] == [1, 3, 64, 64]
+        assert report["torch"] == torch.__version__
     else:
         assert "scan mixers" in text
         assert "aten::" in text

@@ -17,6 +17,7 @@ FILES = (
     "fused_ops",
     "hopper_product",
     "hopper_attention",
+    "hopper_conv3x3",
     "float8",
     "training_ops",
     "add_layer_norm",
@@ -39,7 +40,7 @@ def test_kernels_stay_inside_their_memory(file, sanitizer):
     check(sanitizer, "memcheck", file)
 
 
-@pytest.mark.parametrize("file", ["hopper_product", "hopper_attention"])
+@pytest.mark.parametrize("file", ["hopper_product", "hopper_attention", "hopper_conv3x3"])
 def test_kernels_with_barriers_of_their_own_use_them_rightly(file, sanitizer):
     check(sanitizer, "synccheck", file)
 

@@ -8,8 +8,10 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_batch_size,
         default=[1],
         metavar="N",
-        help="pictures a pass, or auto for the size with the most images/s (default: 1)",
+        help="pictures a pass, or auto to double them while that brings more images/s (default: 1)",
     )
     parser.add_argument("--way", nargs="+", choices=WAYS, default=["eager"], help="how to run it (default: eager)")
     parser.add_argument("--dtype", nargs="+", choices=TYPES, default=["float32"], help="default: float32")
@@ -86,6 +88,7 @@ def main(argv: Sequence[str]) -> int:
     messages = message_console()
     device = find_device(options.device)
     protocol = describe_protocol(device, options.seconds)
+    protocol |= {"date": date.today().isoformat(), "command": shlex.join(["mambavision", "benchmark", *argv])}
     for name, value in protocol.items():
         messages.print(f"{name}: {value}")
     found = _Found()
@@ -149,7 +152,9 @@ def _report(options: argparse.Namespace, protocol: dict[str, str], messages: Con
         messages.print(problem)
     if not found.measured:
         return
-    {"table": _write_table, "json": _write_json, "csv": _write_csv}[options.format](found.measured, protocol)
+    {"table": _write_table, "json": _write_json, "csv": _write_csv}[options.format](
+        found.measured, {**protocol, "not_measured": found.problems}
+    )
     if options.plot is not None:
         from mambavision.measure.plots import plot_speeds
 
@@ -170,7 +175,9 @@ def _measure_sizes(
         with messages.status(label):
             try:
                 if batch_size == AUTO:
-                    found.measured.append(search_batch_size(subject, seconds=seconds))
+                    search = search_batch_size(subject, seconds=seconds)
+                    found.measured += search.measured
+                    messages.print(f"{label}: {search.end}")
                 else:
                     found.measured.append(measure(subject, int(batch_size), seconds=seconds))
             except OutOfMemoryError as error:
@@ -187,14 +194,14 @@ def _row(measurement: Measurement) -> dict[str, Any]:
     return row
 
 
-def _write_table(measured: Sequence[Measurement], protocol: dict[str, str]) -> None:
+def _write_table(measured: Sequence[Measurement], described: dict[str, Any]) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
     narrow: dict[str, Any] = {"padding": (0, 1, 0, 0), "pad_edge": False, "show_edge": False}  # two columns between two
-    table = Table(title=protocol["device"], title_justify="left", box=box.SIMPLE_HEAD, **narrow)
+    table = Table(title=described["device"], title_justify="left", box=box.SIMPLE_HEAD, **narrow)
     numbers = [_numbers(entry) for entry in measured]
     widths = [max(map(len, column)) for column in zip(NUMBERS, *numbers, strict=True)]
     # Names are folded where the terminal is narrow, numbers never: a part of one would look like another.
@@ -223,12 +230,12 @@ def _numbers(entry: Measurement) -> tuple[str, ...]:
     )
 
 
-def _write_json(measured: Sequence[Measurement], protocol: dict[str, str]) -> None:
-    json.dump({**protocol, "rows": [_row(entry) for entry in measured]}, sys.stdout, indent=2)
+def _write_json(measured: Sequence[Measurement], described: dict[str, Any]) -> None:
+    json.dump({**described, "rows": [_row(entry) for entry in measured]}, sys.stdout, indent=2)
     sys.stdout.write("\n")
 
 
-def _write_csv(measured: Sequence[Measurement], protocol: dict[str, str]) -> None:  # noqa: ARG001  (stderr has it)
+def _write_csv(measured: Sequence[Measurement], described: dict[str, Any]) -> None:  # noqa: ARG001  (stderr has it)
     rows = [{**_row(entry), "img_size": "x".join(map(str, entry.img_size))} for entry in measured]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -48,10 +48,13 @@ def main(argv: Sequence[str]) -> int:
 
     get_config(options.model)  # before torch is imported: a mistyped name answers at once
 
+    import torch
+
     from mambavision.inference.predictor import find_device
     from mambavision.measure.memory import OutOfMemoryError, fitting
     from mambavision.measure.profiling import profile_operations, profile_parts
     from mambavision.measure.subjects import prepare
+    from mambavision.measure.timing import VERSIONS, describe_device, installed_versions
 
     device = find_device(options.device)
     if device.type == "cpu":  # else PyTorch's profiler, which reads this at its start, calls a missing GPU an error
@@ -59,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         subject = prepare(options.model, way="eager", dtype=options.dtype, device=device, img_size=options.img_size)
         what = f"{options.model} with {options.batch_size} pictures at once"
-        with fitting(what, device, "give a smaller --batch-size"):
+        with fitting(what, device, f"give a smaller {'--batch-size' if options.batch_size > 1 else '--img-size'}"):
             pictures = subject.pictures(options.batch_size)
             parts = profile_parts(subject.model, pictures)
             operations = profile_operations(subject.model, pictures, top=options.top)
@@ -67,7 +70,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"mambavision profile: {error}", file=sys.stderr)
         return 1
     if options.format == "json":
-        record = {"model": options.model, "device": str(device), "dtype": options.dtype, "shape": list(pictures.shape)}
+        record = {"model": options.model, "dtype": options.dtype, "shape": list(pictures.shape)}
+        record |= {"device": describe_device(device), "torch": torch.__version__, **installed_versions(VERSIONS)}
         tables = {"parts": [asdict(row) for row in parts], "operations": [asdict(row) for row in operations]}
         json.dump({**record, **tables}, sys.stdout, indent=2)
         sys.stdout.write("\n")

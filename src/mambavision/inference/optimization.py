@@ -34,7 +34,7 @@ _logger = logging.getLogger("mambavision")
 def optimize(
     model: MambaVisionBackbone, *, mode: Mode = "instant", dtype: torch.dtype | None = None
 ) -> MambaVisionBackbone:
-    """A copy of `model` for inference, as fast as this package can make it on the model's device.
+    """A copy of `model` for inference, made fast for the model's device.
 
     The copy has the interface of `model`: it takes pictures of any floating type and gives results in that type. Norms,
     layer scale and the final norm are folded into their neighbours and projections are merged (`fuse`). On a CUDA

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -43,7 +44,8 @@ class Measurement:
         p90_ms: the time that nine of ten passes keep.
         passes: how many were timed.
         first_seconds: time of the first pass, compiling included.
-        peak_mib: most memory that PyTorch held on the device during a pass, in MiB; None on a CPU.
+        peak_mib: most memory that PyTorch held on the device during a pass, in MiB, from the second on, since the first
+            may compile and try algorithms; None on a CPU.
         parameters: number of parameters.
         macs: multiply-adds of one picture.
     """
@@ -80,12 +82,12 @@ def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measu
     smaller = "give a smaller --batch-size, or auto to have one found" if several else "give a smaller --img-size"
     with fitting(what, subject.device, smaller), fastest_convolutions(), torch.inference_mode():
         pictures = subject.pictures(batch_size)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(subject.device)
         start = time.perf_counter()
         subject.run(pictures)
         _wait(subject.device)
         first = time.perf_counter() - start
+        if cuda:  # before graphs are recorded, which take their memory once
+            torch.cuda.reset_peak_memory_stats(subject.device)
         for _ in _passes(seconds / 2, WARM_UP_PASSES):
             subject.run(pictures)
             _wait(subject.device)
@@ -121,8 +123,22 @@ def measure(subject: Subject, batch_size: int, *, seconds: float = 2.0) -> Measu
     )
 
 
-def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Measurement:
-    """The measurement of the batch size, doubled from 1, that gives the most images a second.
+class Search(NamedTuple):
+    """What a search of the batch size came to.
+
+    Attributes:
+        measured: at each size, from 1 on.
+        best: the one of most images a second.
+        end: a sentence on why it went no further.
+    """
+
+    measured: list[Measurement]
+    best: Measurement
+    end: str
+
+
+def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Search:
+    """Measure at batch sizes that are doubled from 1 on.
 
     It ends where doubling twice brings less than 3 %, at 4096 pictures, or where memory does.
 
@@ -135,14 +151,21 @@ def search_batch_size(subject: Subject, *, seconds: float = 2.0) -> Measurement:
     """
     found = [measure(subject, 1, seconds=seconds)]
     worth_it = 0  # place of the last that was worth doubling for
-    while found[-1].batch_size < LARGEST_BATCH and len(found) <= worth_it + DOUBLINGS_IN_VAIN:
+    end = f"no larger batch than {LARGEST_BATCH} is tried"
+    while found[-1].batch_size < LARGEST_BATCH:
+        if len(found) > worth_it + DOUBLINGS_IN_VAIN:
+            end = f"larger batches bring less than {WORTH_DOUBLING - 1:.0%}"
+            break
+        larger = 2 * found[-1].batch_size
         try:
-            found.append(measure(subject, 2 * found[-1].batch_size, seconds=seconds))
+            found.append(measure(subject, larger, seconds=seconds))
         except OutOfMemoryError:
+            end = f"{larger} pictures at once do not fit on {subject.device}"
             break
         if found[-1].images_per_second >= WORTH_DOUBLING * found[worth_it].images_per_second:
             worth_it = len(found) - 1
-    return max(found, key=lambda measurement: measurement.images_per_second)
+    best = max(found, key=lambda measurement: measurement.images_per_second)
+    return Search(found, best, f"Most images/s with {best.batch_size} at once; {end}.")
 
 
 def describe_protocol(device: torch.device, seconds: float) -> dict[str, str]:
@@ -225,4 +248,4 @@ def _gpu_clocks(device: torch.device) -> str:
     if shutil.which(query[0]) is None:
         return "unknown"
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    return f"{answer[0]} (SM now, SM at most, memory)" if answer else "unknown"
+    return f"{answer[0]} (SM before it, SM at most, memory)" if answer else "unknown"
