@@ -365,6 +365,9 @@ ERRORS = {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
 @pytest.mark.parametrize("name", ["mamba_vision_T", "mamba_vision_L"])
 def test_logits_stay_close_to_float32(name, dtype):
     model = create_model(name, device="cuda").eval()
+    for parameter, values in model.named_parameters():
+        if "gamma" in parameter:  # else the token blocks of a network that is not trained would hardly count
+            values.data.fill_(1.0)
     network = optimize(model, dtype=dtype)
     for batch in (1, 3, 32):
         images = deterministic_images(batch, *model.config.preprocessing.img_size).cuda()
