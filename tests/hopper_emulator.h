@@ -1,10 +1,10 @@
 // A Hopper GPU on the host, as far as the kernels of `ops/hopper` use it: what their CUDA C++ needs to be compiled by a
 // C++ compiler, and a stand-in for each instruction that they write as assembly.
 //
-// Threads are fibers of one thread of the host. A cluster's blocks run together, one cluster after another, in an order
-// that a seed decides. A fiber goes on until it waits: for its warp, for a barrier or for products. Copies arrive late,
-// in any order; products are computed as they are started or, with LATE, as late as a kernel allows, so that a missing
-// wait shows either way. Shared memory is NaN at first.
+// Threads are fibers of one thread of the host. A cluster's blocks run together, one cluster after another. A fiber goes
+// on until it waits: for its warp, for a barrier or for products. A seed decides in which order they go on, which warps
+// sleep for a while, and when copies arrive, late and in any order. Products are computed as they are started or, where
+// `late`, as late as a kernel allows; an operand in registers is read then too. Shared memory is NaN at first.
 //
 // `hopper_emulator.py` turns assembly into calls: of `asm("add %0, %1;" : "=r"(x) : "r"(y))` it makes `ptx_add(x, y)`.
 
@@ -47,6 +47,7 @@ struct Map {
   uint32_t rank, bytes_each, line, pixels, box[4], stride;
   int32_t lower[2], upper[2];
 };
+static_assert(sizeof(Map) <= 128, "it lies where the kernel's own description would");
 
 struct Barrier { unsigned arrivals = 0, missing = 0; int64_t bytes = 0; unsigned phase = 0; };
 
@@ -61,13 +62,13 @@ struct Product { float* sums; uint64_t left, right; bool keep; int n, slot; };
 struct Warp {
   Meeting meeting{32};
   uint32_t traded[32] = {};
-  std::deque<std::array<std::array<uint32_t, 4>, 32>> left;  // operands in registers, of each product that had some
+  std::deque<std::array<const uint32_t*, 32>> left;  // operands in registers, of each product that had some
 };
 
 struct Block {
   Index place;
   std::vector<unsigned char> shared;
-  unsigned used = 0;
+  unsigned used = 0, running = 0;  // bytes that are declared; fibers that have not ended
   std::map<int, unsigned> declared;  // where something lies, by the line that declares it
   std::map<unsigned, Barrier> barriers;
   std::map<int, Meeting> turns;  // barriers with a number
@@ -80,30 +81,35 @@ struct Fiber {
   std::vector<char> stack;
   Block* block;
   Index thread;
-  bool done = false;
-  int issued = 0;                                     // products with operands in registers
+  bool done = false, fenced = false;           // whether products may be started
+  int issued = 0;                              // products with operands in registers
   std::vector<Product> started;
-  std::deque<std::vector<Product>> under_way;         // groups
+  std::deque<std::vector<Product>> under_way;  // groups
 };
 
-constexpr unsigned STATIC_BYTES = 1024;  // of a block's memory, before what is asked for at the launch
+// Of a block's memory, before what is asked for at the launch; aligned no better than CUDA promises.
+constexpr unsigned STATIC_BYTES = 528;
+constexpr unsigned LONGEST_SLEEP = 9;  // log2 of rounds
 
-inline bool late;
-inline ucontext_t scheduler;
-inline Fiber* current;
-inline std::vector<std::unique_ptr<Block>> cluster;
-inline Meeting* cluster_meeting;
-inline std::vector<std::function<void()>> copies;  // that are under way
-inline Index grid_size;
-inline uint64_t progress;
-inline std::mt19937 dice;
-inline std::string failure;
+// Not `inline`, which all libraries of a process would share.
+static bool late;
+static ucontext_t scheduler;
+static Fiber* current;  // null while none runs
+static std::vector<std::unique_ptr<Block>> cluster;
+static Meeting* cluster_meeting;
+static std::vector<std::function<void()>> copies;  // that are under way
+static Index grid_size;
+static uint64_t progress;
+static std::mt19937 dice;
+static std::string failure;
+struct Stop {};
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 
 // Failures end the run; a fiber stops where it is.
 [[noreturn]] inline void fail(const std::string& text) {
   if (failure.empty()) failure = text;
+  if (!current) throw Stop{};
   for (;;) yield();
 }
 
@@ -139,22 +145,24 @@ inline float widened16(uint16_t bits, bool bfloat16) {
     memcpy(&v, &word, 4);
     return v;
   }
-  _Float16 half;
-  memcpy(&half, &bits, 2);
-  return (float)half;
+  int exponent = bits >> 10 & 31, mantissa = bits & 1023;
+  float v = exponent == 31 ? (mantissa ? NAN : INFINITY)
+            : exponent     ? std::ldexp(1024.f + mantissa, exponent - 25)
+                           : std::ldexp((float)mantissa, -24);
+  return bits >> 15 ? -v : v;
 }
 
 inline uint16_t narrowed16(float v, bool bfloat16) {
-  uint16_t bits;
-  if (!bfloat16) {
-    _Float16 half = (_Float16)v;
-    memcpy(&bits, &half, 2);
-    return bits;
-  }
   uint32_t word;
   memcpy(&word, &v, 4);
-  if (std::isnan(v)) return 0x7FC0;
-  return (uint16_t)((word + 0x7FFF + (word >> 16 & 1)) >> 16);
+  uint16_t sign = word >> 16 & 0x8000;
+  if (std::isnan(v)) return bfloat16 ? 0x7FC0 : 0x7E00;
+  if (bfloat16) return (uint16_t)((word + 0x7FFF + (word >> 16 & 1)) >> 16);
+  float size = std::fabs(v);
+  if (size >= 65520.f) return sign | 0x7C00;
+  int exponent = size < std::ldexp(1.f, -14) ? -14 : std::ilogb(size);
+  int units = (int)std::nearbyint(std::ldexp(size, 10 - exponent));  // of the last place, to even
+  return sign | (uint16_t)(units + ((exponent + 14) << 10));         // a carry becomes the next exponent
 }
 
 inline float widened8(uint8_t bits) {  // e4m3 without infinities
@@ -168,12 +176,9 @@ inline float widened8(uint8_t bits) {  // e4m3 without infinities
 inline uint8_t narrowed8(float v) {  // to the nearest, of two as near to the even one, at most 448
   if (std::isnan(v)) return 0x7F;
   float size = std::min(std::fabs(v), 448.f);
-  int best = 0;
-  for (int bits = 1; bits < 0x7F; ++bits) {
-    float now = std::fabs(widened8(bits) - size), before = std::fabs(widened8(best) - size);
-    if (now < before || (now == before && bits % 2 == 0)) best = bits;
-  }
-  return best | (std::signbit(v) ? 128 : 0);
+  int exponent = size < std::ldexp(1.f, -6) ? -6 : std::ilogb(size);
+  int units = (int)std::nearbyint(std::ldexp(size, 3 - exponent));
+  return (uint8_t)(units + ((exponent + 6) << 3)) | (std::signbit(v) ? 128 : 0);
 }
 
 // An element of an operand that the matrix unit finds by a description, with its inner index side by side, or, where
@@ -228,9 +233,10 @@ void compute(const Product& product) {
     }
 }
 
-inline void (*compute_one)(const Product&);  // of the kernel's type
+static void (*compute_one)(const Product&);  // of the kernel's type
 
 inline void start_product(Product product) {
+  if (!current->fenced) fail("a product is started without a fence before it");
   if (late)
     current->started.push_back(product);
   else
@@ -248,9 +254,15 @@ void multiply_add(float* sums, int n, const uint32_t (&left)[4], uint64_t right,
   compute_one = compute<Element>;
   int slot = current->issued++;
   if (slot == (int)warp().left.size()) warp().left.emplace_back();
-  for (int i = 0; i < 4; ++i) warp().left[slot][current->thread.x % 32][i] = left[i];
+  warp().left[slot][current->thread.x % 32] = left;
   meet(warp().meeting);
   start_product({sums, 0, right, keep != 0, n, slot});
+}
+
+inline Barrier& made(Block& block, unsigned address) {
+  Barrier& barrier = block.barriers[address];
+  if (barrier.arrivals == 0) fail("a barrier is used before it is made");
+  return barrier;
 }
 
 // Complete the barrier's phase if nothing is missing.
@@ -307,8 +319,9 @@ inline void copy(const Map& map, std::vector<int> coordinates, std::vector<int> 
       }
     }
     for (Block* block : blocks) {
-      block->barriers[barrier].bytes -= rows * map.line;
-      look(block->barriers[barrier]);
+      if (block->running == 0) fail("a copy comes to a block that has ended");
+      made(*block, barrier).bytes -= rows * map.line;
+      look(made(*block, barrier));
     }
   });
   ++progress;
@@ -326,15 +339,17 @@ T* declared(int line, unsigned count) {
   return (T*)at(block, found->second, count * sizeof(T));
 }
 
-inline std::function<void()> body;
+static std::function<void()> body;
 inline void enter() {
   body();
   current->done = true;
+  --current->block->running;
   ++progress;
   for (;;) yield();
 }
 
 inline void land_a_copy() {
+  current = nullptr;
   std::swap(copies[dice() % copies.size()], copies.back());
   std::function<void()> landing = std::move(copies.back());
   copies.pop_back();
@@ -353,7 +368,7 @@ inline void run_cluster(unsigned first, unsigned blocks, unsigned threads, unsig
     Block& block = *cluster.back();
     block.place = {first + b, 0, 0};
     block.shared.assign(STATIC_BYTES + dynamic_bytes, 0xFF);
-    block.all.members = threads;
+    block.all.members = block.running = threads;
     block.warps.resize(threads / 32);
     for (unsigned t = 0; t < threads; ++t) {
       fibers.push_back(std::make_unique<Fiber>());
@@ -368,18 +383,28 @@ inline void run_cluster(unsigned first, unsigned blocks, unsigned threads, unsig
       makecontext(&fiber.context, enter, 0);
     }
   }
-  for (unsigned left = fibers.size(); left;) {
+  std::vector<bool> asleep(blocks * threads / 32);
+  bool stuck = false;
+  for (unsigned left = fibers.size(), round = 0, until = 0; left; ++round) {
     uint64_t before = progress;
-    std::shuffle(fibers.begin(), fibers.end(), dice);
+    if (stuck) {  // all may wait for one that sleeps
+      asleep.assign(asleep.size(), false);
+    } else if (round == until) {
+      for (size_t warp = 0; warp < asleep.size(); ++warp) asleep[warp] = dice() % 2;
+      until = round + (1u << dice() % (LONGEST_SLEEP + 1));
+    }
+    for (size_t i = fibers.size(); i > 1; --i) std::swap(fibers[i - 1], fibers[dice() % i]);
     for (auto& fiber : fibers) {
-      if (fiber->done) continue;
+      if (fiber->done || asleep[((fiber->block->place.x - first) * threads + fiber->thread.x) / 32]) continue;
       current = fiber.get();
       swapcontext(&scheduler, &current->context);
       if (!failure.empty()) return;
       left -= fiber->done;
       if (!copies.empty() && dice() % (8 * threads) == 0) land_a_copy();
     }
-    if (progress == before) {  // all wait; for a copy, if there is one
+    bool still = stuck && progress == before;
+    stuck = progress == before;
+    if (still) {  // all wait; for a copy, if there is one
       if (copies.empty()) {
         failure = "all threads wait for each other";
         return;
@@ -405,8 +430,11 @@ const char* launch(void (*kernel)(Parameters...), void** arguments, unsigned blo
   late = as_late_as_can_be;
   grid_size = {blocks, 1, 1};
   body = [=] { call(kernel, arguments, std::index_sequence_for<Parameters...>{}); };
-  for (unsigned first = 0; first < blocks && failure.empty(); first += together)
-    run_cluster(first, together, threads, dynamic_bytes);
+  try {
+    for (unsigned first = 0; first < blocks && failure.empty(); first += together)
+      run_cluster(first, together, threads, dynamic_bytes);
+  } catch (const Stop&) {
+  }
   return failure.c_str();
 }
 
@@ -443,9 +471,9 @@ T __shfl_xor_sync(unsigned, T v, int mask) { return trade(v, (threadIdx.x % 32) 
 
 // The instructions.
 
-inline gpu::Barrier& barrier_of(unsigned address) { return gpu::current->block->barriers[address]; }
+inline gpu::Barrier& barrier_of(unsigned address) { return gpu::made(*gpu::current->block, address); }
 inline void ptx_barrier_init(unsigned barrier, unsigned arrivals) {
-  barrier_of(barrier) = {arrivals, arrivals, 0, 0};
+  gpu::current->block->barriers[barrier] = {arrivals, arrivals, 0, 0};
 }
 inline void ptx_nothing(...) {}
 inline void ptx_barrier_expect(unsigned barrier, unsigned bytes) {
@@ -453,7 +481,10 @@ inline void ptx_barrier_expect(unsigned barrier, unsigned bytes) {
   gpu::arrive(barrier_of(barrier));
 }
 inline void ptx_barrier_arrive(unsigned barrier, unsigned block) {
-  gpu::arrive(gpu::cluster.at(block)->barriers[barrier]);
+  if (block >= gpu::cluster.size()) gpu::fail("a barrier is said to be in a block that is not there");
+  gpu::Block& there = *gpu::cluster[block];
+  if (there.running == 0) gpu::fail("a block that has ended is told something");
+  gpu::arrive(gpu::made(there, barrier));
 }
 inline void ptx_barrier_wait(unsigned barrier, unsigned parity) {
   gpu::Barrier& there = barrier_of(barrier);
@@ -469,11 +500,16 @@ inline void ptx_bar_arrive(int number, unsigned members) {
   if (++meeting.there == meeting.members) meeting.there = 0, ++meeting.rounds;
   ++gpu::progress;
 }
-inline void ptx_wgmma_commit() { gpu::current->under_way.push_back(std::move(gpu::current->started)); }
+inline void ptx_wgmma_fence() { gpu::current->fenced = true; }
+inline void ptx_wgmma_commit() {
+  gpu::current->under_way.push_back(std::move(gpu::current->started));
+  gpu::current->fenced = false;
+}
 inline void ptx_wgmma_wait(unsigned may_be_under_way) {
-  gpu::meet(gpu::warp().meeting);
+  gpu::meet(gpu::warp().meeting);  // all have started what is computed
   for (; gpu::current->under_way.size() > may_be_under_way; gpu::current->under_way.pop_front())
     for (const gpu::Product& product : gpu::current->under_way.front()) gpu::compute_one(product);
+  gpu::meet(gpu::warp().meeting);  // nobody goes on while another still reads
 }
 template <class Map>
 const gpu::Map& described(const Map* map) { return *(const gpu::Map*)map; }

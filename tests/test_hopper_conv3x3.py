@@ -5,12 +5,14 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from hopper_checks import TYPES, channels_last, on_hopper
 from mambavision.layers.conv_block import ConvBlock
 from mambavision.layers.normed_conv import normed_conv
 from mambavision.ops.conv3x3 import conv3x3_for_training
-from mambavision.ops.hopper import conv3x3_op, product_op
+from mambavision.ops.hopper import availability, conv3x3_op, product_op
 from op_checks import DEVICE, check, random
 
 plain = partial(F.conv2d, padding=1)
@@ -113,3 +115,55 @@ def test_a_compiled_block_takes_the_kernel_and_has_its_own_gradients(dtype):
         assert (run is not block) == any(event.key == "product" for event in kernels.key_averages())
     for one, other in zip(*grads, strict=True):
         assert (one - other).norm() <= 0.03 * one.norm() + 1e-3
+
+
+def graph_of(x, weight):
+    """What torch.compile traces of the convolution under autocast, of tensors that say they are on a GPU."""
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with mode:
+            leaves = (torch.empty(each, device="cuda:0", dtype=kind, requires_grad=True) for each, kind in (x, weight))
+            y = torch.compile(conv3x3_for_training, backend=keep, fullgraph=True)(*leaves)
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
+        torch.set_autocast_dtype("cuda", dtype)
+    (graph,) = graphs
+    taken = [node for node in graph.graph.nodes if "conv3x3_hopper_for_training" in str(node.target)]
+    return y, taken
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="without a GPU, as if there were one")
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="older PyTorch may ask the GPU that is not there")
+@pytest.mark.parametrize(
+    ("batch", "channels", "columns", "dtype", "expected"),
+    [
+        (64, 80, 80, torch.float32, True),
+        (64, 160, 160, torch.bfloat16, True),
+        (64, 80, 80, torch.float64, False),
+        (1, 80, 80, torch.float32, False),  # few pixels
+        (64, 128, 128, torch.float32, False),  # the library's
+        (64, 128, 80, torch.float32, False),
+        (64, 196, 196, torch.float32, False),  # lines that no copy takes
+        (64, 64, 64, torch.float32, False),
+    ],
+)
+def test_what_goes_there_on_a_hopper_gpu_alone(batch, channels, columns, dtype, expected, monkeypatch):
+    for fault in (None, "another generation"):
+        monkeypatch.setattr(availability, "_fault", lambda _, fault=fault: fault)
+        y, taken = graph_of(((batch, channels, 28, 28), dtype), ((columns, channels, 3, 3), dtype))
+        assert bool(taken) == (expected and fault is None)
+        assert y.shape == (batch, columns, 28, 28)
+        assert y.dtype == (dtype if dtype == torch.float64 else torch.bfloat16)
+        if taken:
+            assert [argument.meta["example_value"].dtype for argument in taken[0].args] == [torch.bfloat16] * 2
+            assert y.is_contiguous(memory_format=torch.channels_last)

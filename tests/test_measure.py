@@ -438,7 +438,7 @@ def test_profile_prints_parts_and_operations(form, capsys):
         report = json.loads(text)
         assert len(report["operations"]) == 4
         assert report["shape"] == [1, 3, 64, 64]
-        assert report["torch"] == torch.__version__
+        assert torch.__version__.startswith(report["torch"])  # but for the build
     else:
         assert "scan mixers" in text
         assert "aten::" in text

@@ -48,8 +48,6 @@ def main(argv: Sequence[str]) -> int:
 
     get_config(options.model)  # before torch is imported: a mistyped name answers at once
 
-    import torch
-
     from mambavision.inference.predictor import find_device
     from mambavision.measure.memory import OutOfMemoryError, fitting
     from mambavision.measure.profiling import profile_operations, profile_parts
@@ -71,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     if options.format == "json":
         record = {"model": options.model, "dtype": options.dtype, "shape": list(pictures.shape)}
-        record |= {"device": describe_device(device), "torch": torch.__version__, **installed_versions(VERSIONS)}
+        record |= {"device": describe_device(device), **installed_versions(("torch", *VERSIONS))}
         tables = {"parts": [asdict(row) for row in parts], "operations": [asdict(row) for row in operations]}
         json.dump({**record, **tables}, sys.stdout, indent=2)
         sys.stdout.write("\n")

@@ -56,7 +56,7 @@ def normed_conv(
 
 
 def _without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution alone; by the op where it is one that has it, and is differentiated."""
+    """The convolution alone; by the op for training where it is one that this computes, and gradients are enabled."""
     geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
     if geometry == ((3, 3), (1, 1), (1, 1), (1, 1), 1) and is_fused(x) and torch.is_grad_enabled():
         return conv3x3_for_training(x, conv.weight)

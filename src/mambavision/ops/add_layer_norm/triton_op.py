@@ -22,9 +22,9 @@ from mambavision.ops.tiles import common_unit
 
 BLOCK_BYTES = 4096  # of the stream that a program has at once
 WARPS = 4
-# The backward's, with room for its sums beside the block: by the bytes of an element of the stream, how many it has at
-# once; its warps, of which a row takes few, since all of them wait for its sums; steps whose loads are under way.
-BACKWARD_BYTES, BACKWARD_WARPS, STAGES = {2: 4096, 4: 2048}, 2, 3
+BACKWARD_BYTES = {2: 4096, 4: 2048}  # by the bytes of an element: there is room for the sums beside them
+BACKWARD_WARPS = 2  # few, since all that share a row wait for its sums
+STAGES = 3  # steps of the backward whose loads are under way at once
 PROGRAMS = 528  # of the backward: four for each multiprocessor of a large GPU, and few sums
 
 
@@ -82,8 +82,8 @@ def add_layer_norm_backward(
     grad_branch = torch.empty(total.shape if apart else (0,), dtype=branch_type, device=device)
     if rows == 0:
         return grad_x, grad_branch, torch.zeros((kinds, channels), dtype=torch.float32, device=device)
-    cut = BACKWARD_BYTES[total.element_size()], BACKWARD_WARPS
-    block, settings = _settings(total, cut, grad_total is not None, has_shift, gamma, scale)
+    block_bytes = BACKWARD_BYTES[total.element_size()]
+    block, settings = _settings(total, block_bytes, BACKWARD_WARPS, grad_total is not None, has_shift, gamma, scale)
     steps = triton.cdiv(rows, block * PROGRAMS)
     programs = triton.cdiv(rows, block * steps)
     parts = torch.empty((programs, kinds, channels), dtype=torch.float32, device=device)
@@ -114,8 +114,7 @@ def _forward(
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     mean, rate = (torch.empty((rows,), dtype=torch.float32, device=x.device) for _ in range(2))
     if rows:
-        cut = BLOCK_BYTES, WARPS
-        block, settings = _settings(x, cut, branch is not None, shift is not None, gamma, scale)
+        block, settings = _settings(x, BLOCK_BYTES, WARPS, branch is not None, shift is not None, gamma, scale)
         launcher(add_layer_norm_kernel)[(triton.cdiv(rows, block),)](
             x.contiguous(), dense(branch), dense(shift), dense(gamma), dense(scale), weight.contiguous(),
             bias.contiguous(), total, out, mean, rate,
@@ -126,16 +125,16 @@ def _forward(
 
 def _settings(
     stream: Tensor,
-    cut: tuple[int, int],
+    block_bytes: int,
+    warps: int,
     has_branch: bool,
     has_shift: bool,
     gamma: Tensor | None,
     scale: Tensor | None,
 ) -> tuple[int, dict[str, Any]]:
-    """The rows of a block, and what both passes over the maps are compiled for; `cut`: bytes of a block, warps."""
+    """The rows of a block, and what both passes over the maps are compiled for."""
     channels = int(stream.shape[-1])  # what follows would be long to trace for a symbol
     columns = triton.next_power_of_2(channels)
-    block_bytes, warps = cut
     block = max(1, block_bytes // (columns * stream.element_size()))
     return block, {
         "UNIT": common_unit(channels),

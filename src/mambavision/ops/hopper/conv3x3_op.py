@@ -28,6 +28,7 @@ def serves(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         and dtype in HALVES
         and fault(launch.index_of(x.device)) is None  # before what a compiler would guard elsewhere too
         and columns % LIBRARYS_COLUMNS != 0
+        and channels % LIBRARYS_COLUMNS != 0
         and is_large(pixels, columns)
         and product_op.fits(channels, columns, pixels)
         and product_op.fits(columns, channels, pixels)
