@@ -42,13 +42,11 @@ INSTRUCTIONS = {
     "fence.mbarrier_init": "nothing",
     "prefetch": "nothing",
 }
+STRING = r'"(?:[^"\\]|\\.)*"'
 
 
 class Fault(AssertionError):
     """A kernel did what none may do."""
-
-
-STRING = r'"(?:[^"\\]|\\.)*"'
 
 
 def _split(text, separator):
@@ -87,7 +85,7 @@ def called(text):
         instruction = instruction.replace(": :", "::").replace('"', "")
         name = next((name for part, name in INSTRUCTIONS.items() if part in instruction), None)
         if name is None and instruction.strip():  # without an instruction, a compiler is kept from moving something
-            raise NotImplementedError(f"Nothing stands for the instruction: {instruction}")
+            raise LookupError(f"Nothing stands for the instruction: {instruction}")
         name = name or "nothing"
         operands = [operand for section in sections[:2] for operand in _split(section, ",") if operand.strip()]
         values = [re.fullmatch(rf"\s*{STRING}\s*\((.*)\)\s*", operand, re.DOTALL).group(1) for operand in operands]

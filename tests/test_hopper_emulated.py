@@ -195,5 +195,5 @@ def test_what_is_wrong_shows(run, right, wrong, late, what, monkeypatch, folder)
 def test_an_instruction_for_which_nothing_stands_is_an_error():
     assert called('asm volatile("" : "+f"(x)::"memory");') == "ptx_nothing();"
     assert called('asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(f(a, b)));') == "ptx_exp2(y, f(a, b));"
-    with pytest.raises(NotImplementedError, match="fma.rn.f32"):
+    with pytest.raises(LookupError, match="fma.rn.f32"):
         called('asm("fma.rn.f32 %0, %1, %1, %1;" : "=f"(y) : "f"(x));')

@@ -100,7 +100,7 @@ def test_what_fails_does_not_take_the_rest_along(capsys, monkeypatch):
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert [row["way"] for row in report["rows"]] == ["eager"]
-    assert len(report["not_measured"]) == 1
+    assert len(report["problems"]) == 1
     assert f"{TINY}, compile, float32, batch 1 could not be measured: RuntimeError: no compiler\n" in captured.err
 
 
@@ -296,7 +296,7 @@ def test_results_in_every_form(form, capsys):
         assert report["rows"][0]["img_size"] == [32, 32]
         assert report["torch"] == torch.__version__
         assert report["command"].startswith(f"mambavision benchmark {TINY} --batch-size 1 2 ")
-        assert report["not_measured"] == []
+        assert report["problems"] == []
     elif form == "csv":
         rows = list(csv.DictReader(io.StringIO(captured.out)))
         assert len(rows) == 4

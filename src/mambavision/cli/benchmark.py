@@ -153,7 +153,7 @@ def _report(options: argparse.Namespace, protocol: dict[str, str], messages: Con
     if not found.measured:
         return
     {"table": _write_table, "json": _write_json, "csv": _write_csv}[options.format](
-        found.measured, {**protocol, "not_measured": found.problems}
+        found.measured, {**protocol, "problems": found.problems}
     )
     if options.plot is not None:
         from mambavision.measure.plots import plot_speeds

@@ -129,7 +129,7 @@ class Search(NamedTuple):
     Attributes:
         measured: at each size, from 1 on.
         best: the one of most images a second.
-        end: a sentence on why it went no further.
+        end: a sentence with the best size, and why the search went no further.
     """
 
     measured: list[Measurement]
@@ -248,4 +248,4 @@ def _gpu_clocks(device: torch.device) -> str:
     if shutil.which(query[0]) is None:
         return "unknown"
     answer = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
-    return f"{answer[0]} (SM before it, SM at most, memory)" if answer else "unknown"
+    return f"{answer[0]} (SM before the first pass, SM at most, memory)" if answer else "unknown"

@@ -16,7 +16,7 @@ from mambavision.ops.map_layout import empty_map
 from mambavision.ops.precision import HALVES
 from mambavision.ops.tiles import is_large
 
-LIBRARYS_COLUMNS = 128  # multiples of which cuDNN computes as fast; of others it computes more than is asked for
+LIBRARYS_UNIT = 128  # channels, of multiples of which cuDNN is as fast; of others it computes more than is asked for
 
 
 def serves(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
@@ -27,8 +27,8 @@ def serves(x: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
         x.is_cuda
         and dtype in HALVES
         and fault(launch.index_of(x.device)) is None  # before what a compiler would guard elsewhere too
-        and columns % LIBRARYS_COLUMNS != 0
-        and channels % LIBRARYS_COLUMNS != 0
+        and columns % LIBRARYS_UNIT != 0
+        and channels % LIBRARYS_UNIT != 0
         and is_large(pixels, columns)
         and product_op.fits(channels, columns, pixels)
         and product_op.fits(columns, channels, pixels)
