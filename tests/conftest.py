@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import torch
 # Without a GPU, Triton's kernels run in its interpreter, which must be known before Triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# What a shell runs in the background ignores Ctrl-C, and so would the commands that tests start, and end by it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A test must never reach a hub: what is not here is an error at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
